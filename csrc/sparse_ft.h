@@ -1,0 +1,172 @@
+/* The C ABI of sparse_ft: every function that a library built from csrc/ exports.
+ *
+ * Conventions
+ *   - No torch headers, no allocation, no exceptions, no global state that changes a result. The caller owns all memory;
+ *     scratch comes from a `*_workspace_bytes` query.
+ *   - Functions return an sft_status. Lengths are int64, data types are sft_dtype codes.
+ *   - CPU functions are called sft_cpu_*; their last argument is the number of threads, and the result has the same bits
+ *     for every number of threads and every instruction set.
+ *   - A model is a list of tiles: each tensor, in canonical order, cut flat and row-major into pieces of SFT_TILE elements
+ *     that never span two tensors. A set of selected entries is `idx` (offset inside its tile, strictly ascending there)
+ *     and `ptr` (first entry of each tile, n_tiles + 1 values).
+ *   - Arithmetic is IEEE binary32, round to nearest even, never contracted into FMA; a store to a 16-bit type rounds once.
+ */
+#ifndef SPARSE_FT_H
+#define SPARSE_FT_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SFT_API __declspec(dllexport)
+#else
+#define SFT_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SFT_ABI_VERSION 1
+#define SFT_TILE 65536
+
+typedef enum { SFT_F32 = 0, SFT_BF16 = 1, SFT_F16 = 2 } sft_dtype;
+
+typedef enum {
+  SFT_OK = 0,
+  SFT_BAD_ARGUMENT = 1, /* a null pointer, a negative length, an unknown code */
+  SFT_NONFINITE = 2,    /* NaN or infinity among the scores; info names the tile */
+  SFT_TOO_FEW = 3,      /* k exceeds the number of eligible entries */
+  SFT_WORKSPACE = 4     /* the workspace is smaller than the query says */
+} sft_status;
+
+/* Among equal scores: the lower (tile, offset) first, or every entry that reaches the threshold. */
+typedef enum { SFT_TIE_INDEX = 0, SFT_TIE_ALL = 1 } sft_tie;
+
+/* Where the tiles of a list of tensors lie. */
+typedef struct {
+  const int64_t *base;   /* [n] address of the first element; 0 where a tensor is absent (a missing gradient) */
+  const int32_t *length; /* [n] elements, 1 … SFT_TILE */
+  const int32_t *dtype;  /* [n] sft_dtype */
+  int64_t n;             /* tiles */
+} sft_tiles;
+
+SFT_API int32_t sft_abi_version(void);
+SFT_API const char *sft_build_id(void);
+SFT_API const char *sft_status_string(int32_t status);
+
+/* The instruction set in use ("avx512", "avx2" or "portable"), and a way to force a lesser one (for tests). */
+SFT_API const char *sft_cpu_isa(void);
+SFT_API int32_t sft_cpu_set_isa(const char *isa);
+
+/* select_topk: the k largest |fp32(a) - fp32(b)|, or |a| where b is null.
+ * Key of an entry: the 31 magnitude bits of that binary32 difference. Larger key first, then lower (tile, offset).
+ * exclude_idx, exclude_ptr (may be null): entries that cannot be chosen; they are not examined for NaN either.
+ * find: fills ptr [n + 1] and info [8]; emit, called next with the same arguments and workspace, fills idx [info[1]].
+ *   info[0] bits of the threshold T (the smallest chosen key)   info[1] nnz
+ *   info[2] eligible entries with key > T    info[3] eligible entries with key = T    info[4] of those, chosen
+ *   info[5] first tile that holds a NaN or infinity, else -1    info[6] 0: sampled bound held, 1: exact fallback ran
+ *   info[7] eligible entries
+ */
+SFT_API int64_t sft_cpu_select_topk_workspace_bytes(int64_t n_tiles, int64_t k, int64_t n_excluded, int32_t threads);
+SFT_API int32_t sft_cpu_select_topk_find(const sft_tiles *a, const sft_tiles *b, int64_t k, const uint16_t *exclude_idx,
+                                         const int64_t *exclude_ptr, int32_t tie, int64_t *ptr, int64_t *info,
+                                         void *workspace, int64_t workspace_bytes, int32_t threads);
+SFT_API int32_t sft_cpu_select_topk_emit(const sft_tiles *a, const sft_tiles *b, int64_t k, const uint16_t *exclude_idx,
+                                         const int64_t *exclude_ptr, int32_t tie, const int64_t *ptr, const int64_t *info,
+                                         void *workspace, int64_t workspace_bytes, uint16_t *idx, int32_t threads);
+
+/* select_random: k entries, every set of k equally likely: the top k by a 31-bit hash of (seed, tile, offset).
+ * key(t, i) = mix(seed * 0xD1342543DE82EF95 + (t * 65536 + i + 1) * 0x9E3779B97F4A7C15) >> 33, in uint64 arithmetic, with
+ * mix(z): z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9; z = (z ^ z >> 27) * 0x94D049BB133111EB; return z ^ z >> 31.
+ * Same two steps, info and workspace as select_topk (no test for NaN); only length [n_tiles] of the tiles is needed.
+ */
+SFT_API int32_t sft_cpu_select_random_find(const int32_t *length, int64_t n_tiles, int64_t k, uint64_t seed,
+                                           const uint16_t *exclude_idx, const int64_t *exclude_ptr, int64_t *ptr,
+                                           int64_t *info, void *workspace, int64_t workspace_bytes, int32_t threads);
+SFT_API int32_t sft_cpu_select_random_emit(const int32_t *length, int64_t n_tiles, int64_t k, uint64_t seed,
+                                           const uint16_t *exclude_idx, const int64_t *exclude_ptr, const int64_t *ptr,
+                                           const int64_t *info, void *workspace, int64_t workspace_bytes, uint16_t *idx,
+                                           int32_t threads);
+
+/* gather: out = (accumulate ? out : 0) + fp32(g[idx]); then, where given, out = out / grad_scale and
+ * out = out + l1 * sign(delta). A tile whose base is 0 contributes 0. grads null: only the second part.
+ * norm_sq = sum of out^2 in binary64: entry e of a tile (counted from the tile's first) goes to lane e % 16, lanes add
+ * sequentially and are then summed as ((l0 + l8) + (l4 + l12)) + … by halving (16 -> 8 -> 4 -> 2 -> 1: lane j += lane j + h);
+ * tiles are added in order. found_inf = 1 where any out is not finite, else 0. partials: scratch, [n_tiles].
+ */
+SFT_API int32_t sft_cpu_gather(const sft_tiles *grads, int64_t n_tiles, const uint16_t *idx, const int64_t *ptr, float *out,
+                               const float *grad_scale, int32_t accumulate, const float *delta, float l1, double *partials,
+                               double *norm_sq, float *found_inf, int32_t threads);
+
+/* masked_adamw: one AdamW step of the selected entries. All in binary32 but the scalars, which are formed in binary64 and
+ * then rounded: t = step + 1, c1 = 1 - beta1^t, c2 = sqrt(1 - beta2^t), a = lr / c1, d = lr * weight_decay.
+ *   g = grad / grad_scale;  g = g + l1 * sign(delta);  g = g * clip          (each only where given, or l1 != 0)
+ *   m = m + (1 - beta1) * (g - m);   v = beta2 * v + ((1 - beta2) * g) * g
+ *   delta = delta - d * (theta0 + delta)                                       (only where weight_decay != 0)
+ *   delta = delta + (-a * m) / (sqrt(v) / c2 + eps);   w = round(theta0 + delta);   step = t
+ * The gradient is `grad` [nnz], or, where that is null, read from the dense tiles `grads` (base 0: gradient 0).
+ * found_inf (may be null) != 0: nothing at all is written. lr is binary64, step, grad_scale, found_inf, clip binary32 scalars.
+ * theta0 [nnz] has the dtype of the weights, which must be one for all tiles. Entries outside idx are never written.
+ */
+SFT_API int32_t sft_cpu_masked_adamw(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr, const float *grad,
+                                     const sft_tiles *grads, float *exp_avg, float *exp_avg_sq, float *delta,
+                                     const void *theta0, float *step, const double *lr, double beta1, double beta2, double eps,
+                                     double weight_decay, float l1, const float *grad_scale, const float *found_inf,
+                                     const float *clip, int32_t threads);
+
+/* compose: w = round(fp32(w) + acc) with acc = fl(acc + fl(alpha_j * fp32(val_j))) from +0 over the deltas j in the order
+ * given; where acc = 0 the weight keeps its bits. undo (may be null): undo[j] [nnz_j], in the dtype of the weights, first
+ * receives the untouched weights at delta j's entries. All deltas have their ptr over the tiles of w.
+ * stats[0] distinct entries with acc != 0;  stats[1] of those, entries whose weight did not change ("swallowed").
+ */
+SFT_API int64_t sft_cpu_compose_workspace_bytes(int32_t n_deltas, int32_t threads);
+SFT_API int32_t sft_cpu_compose(const sft_tiles *w, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr,
+                                const void *const *val, const int32_t *val_dtype, const float *alpha, void *const *undo,
+                                int64_t *stats, void *workspace, int64_t workspace_bytes, int32_t threads);
+
+/* restore: w[idx_j] = undo[j], bit for bit. */
+SFT_API int32_t sft_cpu_restore(const sft_tiles *w, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr,
+                                const void *const *undo, int32_t threads);
+
+/* merge: the union of the supports, with values acc as in compose (an acc of 0 stays, as an explicit 0).
+ * count fills out_ptr [n_tiles + 1]; fill writes out_idx and out_val [out_ptr[n_tiles]].
+ */
+SFT_API int64_t sft_cpu_merge_workspace_bytes(int32_t n_deltas, int32_t threads);
+SFT_API int32_t sft_cpu_merge_count(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr,
+                                    int64_t *out_ptr, void *workspace, int64_t workspace_bytes, int32_t threads);
+SFT_API int32_t sft_cpu_merge_fill(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr,
+                                   const void *const *val, const int32_t *val_dtype, const float *alpha, const int64_t *out_ptr,
+                                   uint16_t *out_idx, float *out_val, void *workspace, int64_t workspace_bytes,
+                                   int32_t threads);
+
+/* overlap: per tile, counts [n_tiles, 2] = entries in both, of those with the same sign (both > 0 or both < 0);
+ * dots [n_tiles, 3] = sum of a*b, a*a, b*b over the entries in both, in binary64, ascending.
+ */
+SFT_API int32_t sft_cpu_overlap(int64_t n_tiles, const uint16_t *idx_a, const int64_t *ptr_a, const void *val_a,
+                                int32_t dtype_a, const uint16_t *idx_b, const int64_t *ptr_b, const void *val_b,
+                                int32_t dtype_b, int64_t *counts, double *dots, int32_t threads);
+
+/* anchor_l1: g = round(fp32(g) + coeff * sign(w - anchor)) where g's base is not 0 (w - anchor in binary32, sign(0) = 0);
+ * total = sum of |w - anchor| in binary64, with the lanes of gather. partials: scratch, [n_tiles]. grads may be null.
+ */
+SFT_API int32_t sft_cpu_anchor_l1(const sft_tiles *grads, const sft_tiles *w, const sft_tiles *anchors, float coeff,
+                                  double *partials, double *total, int32_t threads);
+
+/* digest: out[0] = sum of mix((t * 65536 + i + 1) * 0x9E3779B97F4A7C15 + bits * 0xD1342543DE82EF95) mod 2^64 over the
+ * entries (tile t, offset i), bits = the binary32 bits of the weight (mix as in select_random); out[1]: the same with the
+ * 16 bits of the weight rounded to bfloat16.
+ */
+SFT_API int32_t sft_cpu_digest(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr, uint64_t *out, int32_t threads);
+
+/* check_support: are idx and ptr well formed, and the values (may be null) finite? ptr is read only while it is valid.
+ * info[0]: 0 well formed, 1 ptr[0] is not 0 or ptr[n_tiles] is not nnz, 2 ptr decreases or a step exceeds its tile's length,
+ * 3 idx not strictly ascending in its tile, 4 idx beyond its tile's length, 5 a value is NaN or infinite.
+ * info[1]: the first tile with the fault (lowest), info[2]: its first entry, info[3]: values that are exactly 0.
+ */
+SFT_API int32_t sft_cpu_check_support(const int32_t *length, int64_t n_tiles, const uint16_t *idx, const int64_t *ptr,
+                                      int64_t nnz, const void *val, int32_t val_dtype, int64_t *info, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
