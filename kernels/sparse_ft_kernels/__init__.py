@@ -1,0 +1,40 @@
+"""The kernel layer of sparse_ft: whole-model ops on selected entries, with several backends under one contract."""
+
+from . import dispatch as _dispatch  # noqa: F401  (registers the ops with torch before ops.py looks them up)
+from .contract import NonFiniteError, TooFewError
+from .dispatch import BackendError, explain
+from .ops import (
+    anchor_l1_,
+    check_support,
+    compose_,
+    digest,
+    gather,
+    masked_adamw_,
+    merge,
+    overlap,
+    restore_,
+    select_random,
+    select_topk,
+)
+from .tile_table import TILE, TileTable, tile_table
+
+__all__ = [
+    "TILE",
+    "BackendError",
+    "NonFiniteError",
+    "TileTable",
+    "TooFewError",
+    "anchor_l1_",
+    "check_support",
+    "compose_",
+    "digest",
+    "explain",
+    "gather",
+    "masked_adamw_",
+    "merge",
+    "overlap",
+    "restore_",
+    "select_random",
+    "select_topk",
+    "tile_table",
+]

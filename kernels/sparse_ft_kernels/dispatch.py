@@ -1,0 +1,127 @@
+"""Which backend serves which op: the order per device, the override, the reasons, and the registration with torch.
+
+`SPARSE_FT_BACKEND=name` forces one backend and then never falls back. Without it the first backend of the device's order
+that can serve is taken; a failure inside a backend is raised, never papered over by the next one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .contract import NAMESPACE, OPS, Op
+
+BACKENDS: dict[str, ModuleType] = {"cpu": native, "reference": reference}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+FALLBACK = ("reference",)
+ENVIRONMENT = "SPARSE_FT_BACKEND"
+
+
+class Support(NamedTuple):
+    """Whether a backend can serve, and why not where it cannot."""
+
+    ok: bool
+    reason: str
+
+
+class BackendError(RuntimeError):
+    """No backend can serve a call; the message lists each one tried, with its reason."""
+
+
+def support(backend: str, op: str, device: torch.device) -> Support:
+    """Can this backend serve this op on this device?"""
+    module = BACKENDS[backend]
+    if not hasattr(module, op):
+        return Support(False, f"it has no {op}")
+    reason = module.unavailable(device)
+    return Support(reason is None, reason or "")
+
+
+@lru_cache(maxsize=1024)
+def _resolve(op: str, device_type: str, forced: str) -> Callable[..., Any]:
+    device = torch.device(device_type)
+    if forced and forced not in BACKENDS:
+        raise BackendError(
+            f"{ENVIRONMENT}={forced!r}: there is no such backend; choose among {', '.join(BACKENDS)}"
+        )
+    tried = []
+    for name in (forced,) if forced else ORDER.get(device_type, FALLBACK):
+        answer = support(name, op, device)
+        if answer.ok:
+            return getattr(BACKENDS[name], op)  # type: ignore[no-any-return]
+        tried.append(f"{name}: {answer.reason}")
+    forced_by = f" ({ENVIRONMENT}={forced})" if forced else ""
+    raise BackendError(f"{op} on {device_type}{forced_by}: no backend can serve; " + "; ".join(tried))
+
+
+def reset() -> None:
+    """Forget which backend serves what, after a build."""
+    _resolve.cache_clear()
+    native.load.cache_clear()
+
+
+def explain(device: str = "cpu") -> list[tuple[str, str, str]]:
+    """Rows (op, backend, "chosen" | "available" | reason) for a device."""
+    rows = []
+    forced = os.environ.get(ENVIRONMENT, "")
+    for op in OPS:
+        chosen = False
+        for name in ORDER.get(device, FALLBACK):
+            answer = support(name, op, torch.device(device))
+            if answer.ok and not chosen and (not forced or forced == name):
+                chosen = True
+                rows.append((op, name, "chosen"))
+            else:
+                rows.append((op, name, "available" if answer.ok else answer.reason))
+    return rows
+
+
+def _device_type(arguments: tuple[Any, ...]) -> str:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument.device.type
+        if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
+            return argument[0].device.type  # type: ignore[no-any-return]
+    return "cpu"
+
+
+def _implementation(op: Op) -> Callable[..., Any]:
+    names = [a.name for a in torch._C.parse_schema(f"{NAMESPACE}::{op.schema}").arguments]
+    mutated = [names.index(name) for name in op.mutates]
+
+    def call(*arguments: Any) -> Any:
+        op.check(*arguments)
+        backend = _resolve(op.name, _device_type(arguments), os.environ.get(ENVIRONMENT, ""))
+        with torch.no_grad():
+            result = backend(*arguments)
+        # Tell autograd that these tensors changed, as torch's own in-place ops do.
+        for position in mutated:
+            changed = arguments[position]
+            tensors = [changed] if isinstance(changed, Tensor) else changed
+            torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+        return result
+
+    call.__name__ = op.name
+    return call
+
+
+def _fake(op: Op) -> Callable[..., Any]:
+    def fake(*arguments: Any) -> Any:
+        op.check(*arguments)
+        return op.fake(*arguments)
+
+    return fake
+
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+for _op in OPS.values():
+    LIBRARY.define(_op.schema)
+    LIBRARY.impl(_op.name, _implementation(_op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_op.name}", _fake(_op), lib=LIBRARY)
