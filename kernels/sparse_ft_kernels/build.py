@@ -42,10 +42,12 @@ INSTRUCTION_SETS = {"portable": [], "avx2": AVX2, "avx512": AVX512}
 
 # -fmad=false is nvcc's -ffp-contract=off.
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart=static", "--shared", "--threads=0"]
-CUDA_HOST_FLAGS = "-fPIC,-fvisibility=hidden,-ffp-contract=off"
+CUDA_HOST_FLAGS = "-fPIC,-fvisibility=hidden,-ffp-contract=off,-static-libgcc,-static-libstdc++"
 CUDA_TARGETS = (80, 90, 100)
 
-LINK_FLAGS = ("-static-libgcc", "-static-libstdc++", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs")
+LINK_FLAGS = ["-static-libgcc", "-static-libstdc++", "-Wl,-z,defs"]
+# Without it templates of the standard library would be exported, and bound to another library's.
+EXPORTS = "{ global: sft_*; local: *; };\n"
 
 
 class BuildError(RuntimeError):
@@ -83,8 +85,10 @@ def source_id(kind: str) -> str:
     """The build id of a library compiled now: a digest of sources and compiler options."""
     folder = source_dir()
     digest = hashlib.sha256()
-    options = (CPU_FLAGS, INSTRUCTION_SETS, LINK_FLAGS, CUDA_FLAGS, CUDA_HOST_FLAGS, CUDA_TARGETS)
-    digest.update(repr(options).encode())
+    if kind == "cpu":
+        digest.update(repr((CPU_FLAGS, INSTRUCTION_SETS, LINK_FLAGS, EXPORTS)).encode())
+    else:
+        digest.update(repr((CUDA_FLAGS, CUDA_HOST_FLAGS, CUDA_TARGETS)).encode())
     for path in sorted([folder / "sparse_ft.h", *folder.glob(f"{kind}/*")]):
         if path.suffix in (".h", ".inl", ".cpp", ".cu", ".cuh"):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
@@ -179,16 +183,18 @@ def _compile_cpu(output: Path, verbose: bool) -> dict[str, object]:
     )
     if openmp:
         flags.append("-fopenmp")
-    link = [flag for flag in LINK_FLAGS if accepts(flag)]
+    exports = scratch / "exports.map"
+    exports.write_text(EXPORTS)
+    link = [flag for flag in [*LINK_FLAGS, f"-Wl,--version-script={exports}"] if accepts(flag)]
 
-    jobs = []
-    for source in sources("cpu"):
-        if source.stem == "dispatch":
-            defines = [f"-DSFT_HAS_{name.upper()}=1" for name in isas]
-            jobs.append((source, "dispatch", [*defines, f'-DSFT_BUILD_ID="{build_id}"']))
-        else:
-            for name, isa_flags in isas.items():
-                jobs.append((source, f"{source.stem}-{name}", [f"-DSFT_ISA={name}", *isa_flags]))
+    defines = [f"-DSFT_HAS_{name.upper()}=1" for name in isas] + [f'-DSFT_BUILD_ID="{build_id}"']
+    operations = [source for source in sources("cpu") if source.stem != "dispatch"]
+    jobs = [(source_dir() / "cpu" / "dispatch.cpp", "dispatch", defines)]
+    # Portable objects first: of a template that several objects hold, the linker keeps the first,
+    # which must run on any machine.
+    for name, isa_flags in isas.items():
+        for source in operations:
+            jobs.append((source, f"{source.stem}-{name}", [f"-DSFT_ISA={name}", *isa_flags]))
     objects = [scratch / f"{stem}.o" for _, stem, _ in jobs]
     commands = [
         [*compiler, *flags, *extra, f"-I{source_dir()}", "-c", str(source), "-o", str(target)]
@@ -311,7 +317,7 @@ def _lock(directory: Path) -> Iterator[None]:
 
 
 def install(directory: Path | None = None) -> list[Path]:
-    """Builds what SPARSE_FT_CPU and SPARSE_FT_CUDA ask for; prints a line for each library left out.
+    """Builds what SPARSE_FT_CPU and SPARSE_FT_CUDA ask for; prints a line for each not built.
 
     Args:
         directory: Where the libraries go; by default the folder inside this package.
@@ -346,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m sparse_ft_kernels.build",
-        description="Compile the native libraries: without --cpu or --cuda, what can be built here.",
+        description="Compile the native libraries; by default, what can be built here.",
     )
     parser.add_argument("--cpu", action="store_true", help="the CPU library, or an error")
     parser.add_argument("--cuda", action="store_true", help="the CUDA library, or an error")
