@@ -31,14 +31,15 @@ class BuildPy(build_py):
     libraries = ()
 
     def run(self):
-        super().run()
         if self.editable_mode:
+            super().run()
             native.install()
             return
-        folder = Path(self.build_lib) / "sparse_ft_kernels" / "_lib"
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # of an earlier build, with another compiler perhaps
+        build_lib = Path(self.build_lib)
+        for package in ("sparse_ft", "sparse_ft_kernels"):  # what an earlier build has left there
+            shutil.rmtree(build_lib / package, ignore_errors=True)
+        super().run()
+        folder = build_lib / "sparse_ft_kernels" / "_lib"
         self.libraries = native.install(folder)
         (folder / ".lock").unlink(missing_ok=True)
 

@@ -329,7 +329,7 @@ def install(directory: Path | None = None) -> list[Path]:
         BuildError: A library that was asked for by "1" cannot be built.
     """
     built = []
-    for kind in KINDS:
+    for kind in filter(sources, KINDS):
         wanted = request(kind)
         if wanted == "0":
             print(f"sparse_ft: no {kind} library: SPARSE_FT_{kind.upper()}=0", flush=True)
@@ -361,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     asked = [kind for kind in KINDS if getattr(options, kind)]
     failed = False
-    for kind in asked or KINDS:
+    for kind in asked or filter(sources, KINDS):
         try:
             path = build(kind, force=options.force, verbose=options.verbose)
             print(f"{kind}: {path} (build {built_id(kind)})")
