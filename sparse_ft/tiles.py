@@ -139,6 +139,8 @@ class Support:
         self.layout = layout
         self.idx = idx
         self.ptr = ptr
+        # How a selection went: threshold, ties (set by `sparse_ft.select`).
+        self.info: dict[str, float | int] = {}
         if check:
             self._check()
 

@@ -1,0 +1,145 @@
+"""What a model is made of, found by its structure: backbone, head, norms, tied output embeddings.
+
+Nothing here imports transformers; its models are recognised by the methods and attributes that they offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from sparse_ft_kernels.contract import describe_unusable
+
+__all__ = [
+    "backbone",
+    "backbone_names",
+    "decouple_output_embeddings",
+    "freeze_norms",
+    "is_norm",
+    "named_parameters",
+]
+
+_NORM_TYPES: tuple[type[nn.Module], ...] = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._NormBase,
+)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, each once: a tied one under the name that `model.named_parameters()` gives it.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return dict(model.named_parameters())
+
+
+def check_usable(what: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Refuse tensors that the kernels cannot work on, by name.
+
+    Raises:
+        ValueError: It names the parameter, what it is, and what would work.
+    """
+    for name, tensor in tensors:
+        if reason := describe_unusable(tensor):
+            raise ValueError(f"{what}: parameter {name!r} {reason}")
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a model that is pretrained: what a Hugging Face model calls its base model, else all of it."""
+    prefix = getattr(model, "base_model_prefix", "")
+    inner = getattr(model, prefix, None) if isinstance(prefix, str) and prefix else None
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def backbone_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that belong to the backbone, as `model.named_parameters()` gives them.
+
+    Membership goes by the parameter itself, not by a prefix of its name, so a tied embedding counts whatever it is called.
+    """
+    inside = {id(parameter) for parameter in backbone(model).parameters()}
+    return {name for name, parameter in named_parameters(model).items() if id(parameter) in inside}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Is this a normalisation layer? Torch's own types, and any class whose name says so (RMSNorm, LlamaRMSNorm, …)."""
+    return isinstance(module, _NORM_TYPES) or type(module).__name__.lower().endswith("norm")
+
+
+def freeze_norms(model: nn.Module, *, by_name: bool = False) -> list[str]:
+    """Freezes the parameters of every normalisation layer, as LT-SFT does in both phases.
+
+    Args:
+        model: Any module.
+        by_name: Freeze the parameters whose name contains "LayerNorm" instead. The LT-SFT reference implementation does
+            that, and so misses norms of other names, such as the one in XLM-R's language-model head.
+
+    Returns:
+        The names of the parameters that are frozen now and were not before.
+    """
+    if by_name:
+        chosen = {id(p) for name, p in model.named_parameters() if "LayerNorm" in name}
+    else:
+        chosen = {
+            id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)
+        }
+    frozen = []
+    for name, parameter in named_parameters(model).items():
+        if id(parameter) in chosen and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
+
+
+def decouple_output_embeddings(model: nn.Module, *, freeze: bool = True) -> list[str]:
+    """Gives the output embeddings a matrix of their own, with the same values, and freezes it.
+
+    LT-SFT does so while it learns a language (paper §4.2): the input embeddings stay trainable and the output matrix does not
+    move. A bias of the output layer stays as it is. `config.tie_word_embeddings` is switched off, so the two matrices stay
+    apart through saving and loading.
+
+    Args:
+        model: A model with `get_output_embeddings()` and `get_input_embeddings()`, as Hugging Face models have.
+        freeze: Freeze the output matrix. False leaves it trainable.
+
+    Returns:
+        The names of the output matrices that were decoupled or frozen; empty if the model has none.
+
+    Raises:
+        TypeError: The model does not say where its embeddings are.
+    """
+    find_out = getattr(model, "get_output_embeddings", None)
+    find_in = getattr(model, "get_input_embeddings", None)
+    if not callable(find_out) or not callable(find_in):
+        raise TypeError(
+            f"decouple_output_embeddings: {type(model).__name__} has no get_output_embeddings() and "
+            "get_input_embeddings(); replace its output matrix by a frozen copy yourself"
+        )
+    output, embedding = find_out(), find_in()
+    if output is None:
+        return []
+    weight = output.weight
+    if embedding is not None and weight is embedding.weight:
+        output.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    if freeze:
+        output.weight.requires_grad_(False)
+    for config in _configs(model):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    return [
+        name for name, p in model.named_parameters(remove_duplicate=False) if p is output.weight
+    ]
+
+
+def _configs(model: nn.Module) -> Iterator[object]:
+    config = getattr(model, "config", None)
+    if config is not None:
+        yield config
+        get_text = getattr(config, "get_text_config", None)
+        if callable(get_text) and (text := get_text()) is not config:
+            yield text
