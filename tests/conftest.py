@@ -1,9 +1,10 @@
 """Builds missing or outdated native libraries, so that a plain checkout can be tested."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
-
+import torch
 from sparse_ft_kernels import build
 
 # No test may download.
@@ -13,3 +14,43 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_configure(config: pytest.Config) -> None:
     """Compiles where a compiler is; SPARSE_FT_CPU and SPARSE_FT_CUDA decide."""
     build.install()
+
+
+@pytest.fixture(params=["cpu:avx512", "cpu:avx2", "cpu:portable", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every backend, and every instruction set of the native one that this machine has."""
+    from sparse_ft_kernels import native
+
+    name, _, isa = request.param.partition(":")
+    monkeypatch.setenv("SPARSE_FT_BACKEND", name)
+    if name != "cpu":
+        yield name
+        return
+    library, reason = native.load()
+    if library is None:
+        pytest.skip(reason)
+    best = native.isa()
+    try:
+        native.set_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        yield request.param
+    finally:
+        native.set_isa(best)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` gives NaN (integers: the largest), so that an output left unwritten cannot pass."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        out = empty(*args, **kwargs)  # type: ignore[call-overload]
+        if out.device.type == "cpu" and type(out) is torch.Tensor:
+            out.fill_(
+                float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max
+            ) if out.dtype not in (torch.bool, torch.uint16, torch.uint32, torch.uint64) else None
+        return out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
