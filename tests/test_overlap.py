@@ -1,0 +1,39 @@
+"""overlap: counts against numpy sets, products against numpy."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import DTYPES, MODELS, numels, random_support, rng, tensors
+from sparse_ft_kernels import overlap
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_against_numpy(backend, name, dtype):
+    generator = rng(name, dtype)
+    sizes = numels(tensors(MODELS[name], generator))
+    (idx_a, ptr_a, _), (idx_b, ptr_b, _) = (random_support(sizes, d, generator) for d in (0.3, 0.1))
+    a, b = (torch.randn(len(i), generator=generator) for i in (idx_a, idx_b))
+    b = b.to(dtype)
+    a[::7] = 0
+    counts, dots = overlap(idx_a, ptr_a, a, idx_b, ptr_b, b)
+    assert counts.shape == (len(ptr_a) - 1, 2)
+    for tile in range(len(ptr_a) - 1):
+        in_a, in_b = (slice(int(p[tile]), int(p[tile + 1])) for p in (ptr_a, ptr_b))
+        _, at_a, at_b = np.intersect1d(
+            idx_a.numpy()[in_a], idx_b.numpy()[in_b], return_indices=True
+        )
+        x = a[in_a].numpy()[at_a].astype(np.float64)
+        y = b[in_b].float().numpy()[at_b].astype(np.float64)
+        assert counts[tile].tolist() == [len(x), int((x * y > 0).sum())]
+        assert dots[tile].numpy() == pytest.approx([x @ y, x @ x, y @ y], rel=1e-12, abs=1e-12)
+
+
+def test_with_itself(backend):
+    generator = rng("self")
+    idx, ptr, _ = random_support([200_003], 0.1, generator)
+    val = torch.randn(len(idx), generator=generator)
+    counts, dots = overlap(idx, ptr, val, idx, ptr, val)
+    assert int(counts[:, 0].sum()) == int(counts[:, 1].sum()) == len(idx)
+    assert torch.equal(dots[:, 0], dots[:, 1])
+    assert torch.equal(dots[:, 0], dots[:, 2])
