@@ -131,7 +131,9 @@ def test_torch_adamw_with_masked_gradients(backend, weight_decay):
     # torch rounds the weight itself ten times, we round the distance: a few ulps of the weight.
     distance = (found - expected).abs().numpy()
     assert (distance <= 16 * np.spacing(np.maximum(np.abs(expected.numpy()), 1e-2))).all()
-    oracles.assert_bits(state.exp_avg_sq, take([optimizer.state[p]["exp_avg_sq"] for p in dense], state.chosen))
+    # torch may fuse the multiplication and addition of the second moment: one rounding less, ten times.
+    second = take([optimizer.state[p]["exp_avg_sq"] for p in dense], state.chosen)
+    assert (ulps(state.exp_avg_sq, second.double().numpy()) <= 10).all()
 
 
 def test_found_inf_freezes_everything(backend):

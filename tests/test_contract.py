@@ -1,0 +1,188 @@
+"""The contract: torch's own checks of every op, torch.compile, backends, and arguments that must be refused."""
+
+import re
+
+import pytest
+import torch
+from oracles import random_support, rng, tensors
+from sparse_ft_kernels import BackendError, dispatch, explain, select_topk
+from sparse_ft_kernels.contract import OPS
+
+OP = torch.ops.sparse_ft
+SHAPES = [(70_000,), (3, 5)]
+SIZES = [70_000, 15]
+LENGTHS = torch.tensor([65536, 4464, 15], dtype=torch.int32)
+
+
+def arguments(name: str) -> tuple:
+    generator = rng(name)
+    a, b = (tensors(SHAPES, generator) for _ in range(2))
+    idx, ptr, _ = random_support(SIZES, 0.01, generator)
+    n = len(idx)
+    vectors = [torch.rand(n, generator=generator) for _ in range(4)]
+    one = torch.tensor(1.0)
+    return {
+        "select_topk": (a, b, 500, idx, ptr, False),
+        "select_random": (a, 500, 3, idx, ptr),
+        "gather": (a, SIZES, idx, ptr, vectors[0], one, True, vectors[1], 0.1),
+        "masked_adamw_": (
+            *(a, idx, ptr, None, b, *vectors, torch.tensor(0.0)),
+            *(torch.tensor(1e-3, dtype=torch.float64), 0.9, 0.999, 1e-8, 0.1, 0.1, one, one * 0, one),
+        ),
+        "anchor_l1_": (a, b, tensors(SHAPES, generator), 0.1),
+        "compose_": (a, [idx], [ptr], [vectors[0]], [0.5], [torch.empty(n)]),
+        "restore_": (a, [idx], [ptr], [vectors[0]]),
+        "merge": (LENGTHS, [idx, idx], [ptr, ptr], vectors[:2], [1.0, 0.5]),
+        "overlap": (idx, ptr, vectors[0], idx, ptr, vectors[1]),
+        "digest": (a, idx, ptr),
+        "check_support": (LENGTHS, idx, ptr, vectors[0]),
+    }[name]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(OP, name).default, arguments(name))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiled_gives_the_same_bits(name):
+    op = getattr(OP, name)
+    eager, compiled = arguments(name), arguments(name)
+    torch._dynamo.reset()
+    expected = op(*eager)
+    found = torch.compile(lambda *x: op(*x), fullgraph=True, backend="aot_eager")(*compiled)
+    for x, y in zip(_flatten([expected, eager]), _flatten([found, compiled]), strict=True):
+        assert x.dtype == y.dtype
+        assert x.numpy().tobytes() == y.numpy().tobytes()
+
+
+def _flatten(tree) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, (list, tuple)):
+        return [t for item in tree for t in _flatten(item)]
+    return []
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_bytes_moved_are_positive(name):
+    assert OPS[name].bytes_moved(*arguments(name)) > 0
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_mutation_is_declared_and_seen_by_autograd(name):
+    args = arguments(name)
+    before = [t.clone() for t in _flatten(list(args))]
+    versions = [t._version for t in _flatten(list(args))]
+    getattr(OP, name)(*args)
+    schema = getattr(OP, name).default._schema
+    mutable = [
+        a.alias_info is not None and a.alias_info.is_write
+        for a, value in zip(schema.arguments, args, strict=True)
+        for _ in _flatten([value])
+    ]
+    for may, old, version, new in zip(mutable, before, versions, _flatten(list(args)), strict=True):
+        if may:
+            assert new._version > version
+        else:
+            assert old.numpy().tobytes() == new.numpy().tobytes()
+            assert new._version == version
+
+
+BAD_TENSORS = {
+    "integer": (lambda: torch.ones(4, 4, dtype=torch.int32), "dtype torch.int32; float32"),
+    "double": (lambda: torch.ones(4, 4, dtype=torch.float64), "dtype torch.float64"),
+    "complex": (lambda: torch.ones(4, 4, dtype=torch.complex64), "dtype torch.complex64"),
+    "sparse": (lambda: torch.eye(4).to_sparse(), "layout torch.sparse_coo.*to_dense"),
+    "meta": (lambda: torch.empty(4, 4, device="meta"), "meta device.*materialise"),
+    "transposed": (lambda: torch.ones(4, 5).t(), r"not contiguous.*contiguous\(\)"),
+    "expanded": (lambda: torch.ones(4, 1).expand(4, 4), "not contiguous"),
+    "quantised": (
+        lambda: torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.qint8),
+        "quantised.*dequantise",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+def test_unusable_tensors_are_refused_by_position(kind):
+    make, message = BAD_TENSORS[kind]
+    with pytest.raises(ValueError, match=rf"select_topk: a\[1\].*{message}"):
+        select_topk([torch.ones(3), make()], k=1)
+
+
+def test_everything_else_that_does_not_fit():
+    a = [torch.ones(10), torch.ones(5)]
+    idx, ptr, _ = random_support([10, 5], 0.5, rng("bad"))
+    n = len(idx)
+    cases = [
+        (OP.select_topk, (a, a[:1], 1, None, None, False), "b has 1 tensors and a 2"),
+        (OP.select_topk, (a, [a[0], torch.ones(6)], 1, None, None, False), r"b\[1\] has shape \(6,\)"),
+        (OP.select_topk, (a, [], -1, None, None, False), "k must not be negative"),
+        (OP.select_topk, (a, [], 1, idx, None, False), "go together"),
+        (OP.select_topk, (a, [], 1, idx, ptr[:-1].clone(), False), "exclude_ptr must hold 3 values"),
+        (OP.gather, (a, [10], idx, ptr, torch.empty(n), None, False, None, 0.0), "2 gradients for 1"),
+        (
+            OP.gather,
+            (a, [10, 5], idx, ptr, torch.empty(n + 1), None, False, None, 0.0),
+            f"out must hold {n} values, got {n + 1}",
+        ),
+        (OP.gather, (a, [10, 5], idx, ptr, torch.empty(n), None, False, None, 0.1), "l1 = 0.1 needs delta"),
+        (OP.gather, (a, [10, 5], idx.int(), ptr, torch.empty(n), None, False, None, 0.0), "torch.uint16"),
+        (OP.compose_, (a, [idx], [ptr], [torch.ones(n)], [float("nan")], []), r"alphas\[0\] must be finite"),
+        (OP.compose_, (a, [idx], [ptr], [torch.ones(n)], [1.0, 1.0], []), "2 alphas for 1 deltas"),
+        (
+            OP.compose_,
+            ([a[0], a[1].half()], [idx], [ptr], [torch.ones(n)], [1.0], []),
+            "mix.*one call for each data type",
+        ),
+        (
+            OP.compose_,
+            (a, [idx], [ptr], [torch.ones(n)], [1.0], [torch.ones(n).half()]),
+            r"undo\[0\] must be a contiguous torch.float32",
+        ),
+        (OP.anchor_l1_, (a, a, a, -1.0), "coeff must be in"),
+    ]
+    for op, args, message in cases:
+        before = [t.clone() for t in _flatten(list(args))]
+        with pytest.raises(ValueError, match=message):
+            op(*args)
+        for old, new in zip(before, _flatten(list(args)), strict=True):
+            assert old.numpy().tobytes() == new.numpy().tobytes()
+
+
+def test_hyperparameters_out_of_range():
+    good = list(arguments("masked_adamw_"))
+    for position, value, message in [
+        (11, 1.0, "beta1"),
+        (12, -0.1, "beta2"),
+        (13, -1.0, "eps"),
+        (14, -1.0, "weight_decay"),
+        (15, float("nan"), "l1"),
+    ]:
+        bad = [*good]
+        bad[position] = value
+        with pytest.raises(ValueError, match=f"masked_adamw_: {message} must be in"):
+            OP.masked_adamw_(*bad)
+
+
+def test_a_forced_backend_never_falls_back(monkeypatch):
+    monkeypatch.setenv("SPARSE_FT_BACKEND", "nonsense")
+    with pytest.raises(BackendError, match="no such backend; choose among cpu, reference"):
+        select_topk([torch.ones(3)], k=1)
+    monkeypatch.setenv("SPARSE_FT_BACKEND", "cpu")
+    monkeypatch.setattr(dispatch.native, "load", lambda: (None, "the library is not built"))
+    dispatch._resolve.cache_clear()
+    with pytest.raises(BackendError, match=re.escape("cpu: the library is not built")):
+        select_topk([torch.ones(3)], k=1)
+    monkeypatch.delenv("SPARSE_FT_BACKEND")
+    assert select_topk([torch.ones(3)], k=1)[0].tolist() == [0]  # reference serves
+    dispatch._resolve.cache_clear()
+
+
+def test_explain_names_one_choice_per_op():
+    rows = explain("cpu")
+    assert {op for op, _, _ in rows} == set(OPS)
+    for op in OPS:
+        assert [state for name, _, state in rows if name == op].count("chosen") == 1
+    assert {state for _, backend, state in explain("cuda") if backend == "reference"} == {"chosen"}
