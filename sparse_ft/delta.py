@@ -165,9 +165,8 @@ class SparseDelta:
         if support is None:
             layout = Layout.of({name: after[name] for name in names_compared})
             support = Support.from_indices(layout, found)
-        own_aliases = {n: a for n, a in aliases.items() if a and n in support.layout}
-        if own_aliases:
-            meta.setdefault("aliases", own_aliases)
+        if tied := _aliases_within(support.layout, aliases):
+            meta.setdefault("aliases", tied)
         return cls.from_compact(
             support.to("cpu"),
             torch.cat([torch.zeros(0), *pieces]),
@@ -615,12 +614,29 @@ def _tensors(
                 f"SparseDelta.between: {what}[{name!r}] must be a tensor, "
                 f"got {type(tensor).__name__}"
             )
-        plain = tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.numel()
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype) if plain else (name,)
+        key: tuple[Any, ...] = (name,)
+        if tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.numel():
+            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         owner = first.setdefault(key, name)
         if owner != name:
             aliases.setdefault(owner, []).append(name)
     return named, aliases
+
+
+def _aliases_within(layout: Layout, aliases: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The further names of the tensors of a layout, which may go by any of their names."""
+    found = {}
+    for owner, further in aliases.items():
+        group = [owner, *further]
+        inside = [name for name in group if name in layout]
+        if len(inside) > 1:
+            raise SFTError(
+                f"SparseDelta.between: {inside[0]!r} and {inside[1]!r} are one tensor in tuned "
+                "(tied), and the support selects entries of both; leave one out of it"
+            )
+        if inside:
+            found[inside[0]] = [name for name in group if name != inside[0]]
+    return found
 
 
 def _comparable(
@@ -670,7 +686,7 @@ def _check_pair(
             )
         tensor = side[name]
         reason = describe_unusable(tensor)
-        if reason and not (tensor.dtype in VALUE_DTYPES and reason.startswith("is not contiguous")):
+        if reason and not reason.startswith("is not contiguous"):
             raise SFTError(f"SparseDelta.between: {what}: {name!r} {reason}")
     shapes = {"base": tuple(before[name].shape), "tuned": tuple(after[name].shape)}
     if support is not None:

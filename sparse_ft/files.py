@@ -16,6 +16,7 @@ import re
 import secrets
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -183,7 +184,7 @@ def save(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
         SFTError: The delta is malformed, or the path is neither.
         OSError: The file cannot be written.
     """
-    target = os.fspath(path)
+    target = os.fsdecode(path)
     if os.path.isdir(target):
         target = os.path.join(target, FILE_NAME)
     if not target.endswith(".safetensors"):
@@ -194,9 +195,16 @@ def save(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
     real = os.path.realpath(target)
     if os.path.lexists(real) and not os.path.isfile(real):
         raise SFTError(f"SparseDelta.save: {target!r} exists and is not a regular file")
-    SparseDelta(delta.support, delta.val, delta.heads, delta.meta)  # every check of its parts
-    header, arrays = _header(delta)
     folder, name = os.path.split(real)
+    if not os.path.isdir(folder):
+        raise SFTError(f"SparseDelta.save: there is no folder {folder!r}; create it first")
+    delta = delta.to("cpu")
+    try:
+        support = Support(delta.layout, delta.support.idx, delta.support.ptr)
+    except ValueError as error:
+        raise SFTError(f"SparseDelta.save: {error}") from None
+    delta = SparseDelta(support, delta.val, delta.heads, delta.meta)
+    header, arrays = _header(delta)
     temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -285,18 +293,20 @@ class _Reader:
     def read(self) -> SparseDelta:
         try:
             # Not blocking: opening a pipe would wait for a writer.
-            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(self.path, os.O_RDONLY | flags)
         except OSError as error:
             raise SFTFileError(f"{self.path}: cannot be opened: {error.strerror}") from error
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            self.fail("is not a regular file; give a file, or a folder that holds one")
         with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                self.fail("is not a regular file; give a file, or a folder that holds one")
             self.size = status.st_size
             if self.size > self.max_bytes:
                 self.fail(
                     f"is {self.size:,} bytes long, and max_bytes = {self.max_bytes:,}; "
-                    "pass a larger max_bytes to load it"
+                    "sparse_ft.files.load takes a larger one"
                 )
             try:
                 return self._read(file)
@@ -335,14 +345,15 @@ class _Reader:
         if self.size < 8:
             self.fail(f"is {self.size} bytes long, too short for a safetensors file")
         start = self._bytes(file, 0, 8).tobytes()
-        if start.startswith((b"PK\x03\x04", b"\x80")):
-            self.fail(
-                "is a PyTorch (pickle) file, not a safetensors file. The LT-SFT reference "
-                f"implementation writes such files as {LEGACY_NAME}; they cannot be read yet. Make "
-                "the SFT anew: SparseDelta.between(base, tuned).save(…)"
-            )
         length = int.from_bytes(start, "little")
         if length > self.size - 8:
+            # Only here: a right length may begin with these bytes too.
+            if start.startswith((b"PK\x03\x04", b"\x80")):
+                self.fail(
+                    "is a PyTorch (pickle) file, not a safetensors file. The LT-SFT reference "
+                    f"implementation writes such files as {LEGACY_NAME}; they cannot be read yet. "
+                    "Make the SFT anew: SparseDelta.between(base, tuned).save(…)"
+                )
             self.fail(
                 f"header: {length:,} bytes are declared and {self.size - 8:,} follow; "
                 "the file is truncated, or no safetensors file"
@@ -415,8 +426,8 @@ class _Reader:
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             found = dict(pairs)
             if len(found) < len(pairs):
-                names = [name for name, _ in pairs]
-                twice = next(name for name in names if names.count(name) > 1)
+                counts = Counter(name for name, _ in pairs)
+                twice = counts.most_common(1)[0][0]
                 raise ValueError(f"the key {short(twice)} stands there twice")
             return found
 
@@ -649,9 +660,9 @@ class _Reader:
         return Support(layout, idx, pointers, check=False), val
 
     def _tensor(self, file: BinaryIO, begin: int, entry: _Tensor) -> Tensor:
-        raw = self._slice(file, begin, entry)
-        dtype = _TORCH_DTYPES[entry.dtype]
-        return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
+        # Through integers of the same width: torch does not widen the type of an empty tensor.
+        integers = self._slice(file, begin, entry).view(f"i{_WIDTHS[entry.dtype]}")
+        return torch.from_numpy(integers).view(_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def _slice(self, file: BinaryIO, begin: int, entry: _Tensor) -> np.ndarray:
         return self._bytes(file, begin + entry.start, entry.end - entry.start)
@@ -688,9 +699,7 @@ class _Reader:
 
 
 def _locate(path: str | os.PathLike[str]) -> str:
-    given = os.fspath(path)
-    if not isinstance(given, str):
-        raise TypeError(f"load: path must be text, got {type(given).__name__}")
+    given = os.fsdecode(path)
     if "\0" in given:
         raise SFTFileError(f"{given!r}: a path has no NUL character")
     if os.path.isdir(given):
