@@ -20,7 +20,7 @@ import sparse_ft, sparse_ft_kernels, torch
 from pathlib import Path
 assert Path(sparse_ft_kernels.__file__).is_relative_to({site!r}), sparse_ft_kernels.__file__
 weights = [torch.tensor([3.0, -5.0, 1.0, 4.0])]
-idx, ptr, info = sparse_ft_kernels.select_topk(weights, [], 2)
+idx, ptr, info = sparse_ft_kernels.select_topk(weights, k=2)
 assert idx.tolist() == [1, 3] and ptr.tolist() == [0, 2], (idx, ptr)
 rows = sparse_ft_kernels.explain("cpu")
 chosen = {{backend for op, backend, state in rows if op == "select_topk" and state == "chosen"}}
