@@ -106,6 +106,7 @@ class SparseDelta:
         cls,
         base: nn.Module | Mapping[str, Tensor],
         tuned: nn.Module | Mapping[str, Tensor],
+        /,
         support: Support | None = None,
         eps: float = 0.0,
         heads: Mapping[str, Tensor] | Iterable[str] = (),
@@ -121,7 +122,8 @@ class SparseDelta:
                 uses 1e-7).
             heads: Tensors to store whole, or their names in `tuned`. They are left out of the
                 comparison.
-            **meta: Fields of the metadata, such as role, lang, task, license, recipe.
+            **meta: Fields of the metadata, such as role, lang, task, license, recipe; or
+                base={"id": …, "revision": …}, to name the base model.
 
         Returns:
             A `SparseDelta` on the CPU with fp32 values. It carries a digest of the base values at
@@ -533,6 +535,10 @@ def _find(
         raise SFTError(
             f"SparseDelta.bind: {' and '.join(map(repr, known))} are one tied parameter in the "
             "SFT's base model and separate parameters in this one; tie them first"
+        )
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise SFTError(
+            f"SparseDelta.bind: parameter {known[0]!r} has no shape yet; run the model once first"
         )
     if reason := describe_unusable(parameter):
         raise SFTError(f"SparseDelta.bind: parameter {known[0]!r} {reason}")
