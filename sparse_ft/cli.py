@@ -6,7 +6,7 @@ Each command imports what it needs when it runs: `sparse-ft --help` is quick and
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -68,6 +68,7 @@ def quickstart(
     """
     try:
         from sparse_ft.quickstart import run
+        from sparse_ft.quickstart.e5 import QuickstartError
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("sparse_ft", "sparse_ft_kernels"):
             raise
@@ -77,7 +78,7 @@ def quickstart(
         )
     try:
         run(language=language, model=model, seeds=seeds, fast=fast, out=out)
-    except (OSError, ValueError) as error:
+    except QuickstartError as error:
         _fail(str(error))
 
 
@@ -88,22 +89,25 @@ def info(
     """Print what a file of a sparse difference holds: sizes, origin, the model it belongs to."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from sparse_ft.files import describe
 
     try:
-        fields: dict[str, Any] = describe(str(file))
+        fields = describe(file)
     except (OSError, ValueError) as error:
         _fail(str(error))
     table = Table(title=str(file), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in fields.items():
-        table.add_row(name, value if isinstance(value, str) else str(value))
+        # A file is foreign text: neither its brackets nor its control codes may act here.
+        shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(value))
+        table.add_row(name, Text(shown))
     Console().print(table)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     typer.echo(f"sparse-ft: {message}", err=True)
     raise typer.Exit(1)
 
