@@ -697,3 +697,17 @@ def test_describe(tmp_path):
     assert said["heads"] == "none"
     assert said["base"] == "not recorded"
     assert said["trained on"] == "the base alone"
+
+
+def test_the_documented_reader_reads(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "file-format.md").read_text("utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    delta = make()
+    delta.save(tmp_path / "swahili.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(block, "file-format.md", "exec"), names)
+    assert set(names["differences"]) == set(SHAPES)
+    for name, (positions, values) in names["differences"].items():
+        assert positions.tolist() == delta.indices(name).tolist()
+        assert values.tolist() == delta.values(name).tolist()
