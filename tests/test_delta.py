@@ -484,13 +484,14 @@ def replace_lin(model: Model, weight: torch.Tensor) -> None:
     ("change", "message"),
     [
         (lambda m: delattr(m, "lin"), "has no parameter 'lin.bias', .* shape .100,."),
+        (lambda m: replace_lin(m, torch.ones(50, 200)), r"'lin.weight' has shape \(50, 200\)"),
         (lambda m: replace_lin(m, torch.ones(100, 99)), r"shape \(100, 99\) in the model and"),
         (
             lambda m: replace_lin(m, torch.ones(200, 50)[:100]),
             r"'lin.weight' has shape \(100, 50\)",
         ),
         (
-            lambda m: replace_lin(m, torch.ones(100, 100).T[:, ::1].T.T),
+            lambda m: replace_lin(m, torch.ones(100, 100).T),
             "'lin.weight' is not contig",
         ),
         (lambda m: replace_lin(m, torch.ones(100, 100).double()), "has dtype torch.float64"),
