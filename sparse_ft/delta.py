@@ -540,6 +540,11 @@ def _find(
         raise SFTError(
             f"SparseDelta.bind: parameter {known[0]!r} has no shape yet; run the model once first"
         )
+    if type(parameter.data) is not Tensor:
+        raise SFTError(
+            f"SparseDelta.bind: parameter {known[0]!r} is a {type(parameter.data).__name__}; only "
+            "plain tensors work: gather what is sharded, dequantise what is quantised"
+        )
     if reason := describe_unusable(parameter):
         raise SFTError(f"SparseDelta.bind: parameter {known[0]!r} {reason}")
     if tuple(parameter.shape) != shape:

@@ -475,6 +475,10 @@ def test_two_names_of_one_tensor_are_refused():
     delta.bind(neighbours, allow_base_mismatch=True)
 
 
+class Sharded(torch.Tensor):
+    """Stands for the tensor classes of sharded and of quantised models."""
+
+
 def replace_lin(model: Model, weight: torch.Tensor) -> None:
     del model.lin.weight
     model.lin.weight = nn.Parameter(weight, requires_grad=False)
@@ -499,6 +503,7 @@ def replace_lin(model: Model, weight: torch.Tensor) -> None:
         (lambda m: replace_lin(m, torch.ones(100, 100, dtype=torch.uint8)), "dtype torch.uint8"),
         (lambda m: replace_lin(m, torch.ones(100, 100) * 1j), "dtype torch.complex64"),
         (lambda m: replace_lin(m, torch.ones(100, 100).to_sparse()), "torch.sparse_coo"),
+        (lambda m: replace_lin(m, torch.ones(100, 100).as_subclass(Sharded)), "is a Sharded; only"),
         (lambda m: m.lin.to("meta"), "'lin.bias' is on the meta device"),
         (lambda m: setattr(m, "lin", nn.LazyLinear(100)), "'lin.bias' has no shape yet"),
     ],
