@@ -51,14 +51,21 @@ def quickstart(
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Repetitions, each with its own random seed.")
+        int, typer.Option(min=1, help="Repetitions, each with a seed of its own.")
     ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Train on less: under 90 seconds, poorer accuracy.")
+        bool, typer.Option("--fast", help="Train on a small share: a check, not a result.")
     ] = False,
-    out: Annotated[
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Recompute steps that the folder holds already.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: torch's.")
+    ] = None,
+    output: Annotated[
         Path, typer.Option(help="Folder for the sparse differences, the table and the plot.")
-    ] = Path("sparse_ft_quickstart"),
+    ] = Path("sparse-ft-quickstart"),
 ) -> None:
     """Carry a task from English to another language by composing two sparse differences.
 
@@ -67,8 +74,7 @@ def quickstart(
     Takes under six minutes on two cores.
     """
     try:
-        from sparse_ft.quickstart import run
-        from sparse_ft.quickstart.e5 import QuickstartError
+        from sparse_ft.quickstart import QuickstartError, run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("sparse_ft", "sparse_ft_kernels"):
             raise
@@ -77,7 +83,16 @@ def quickstart(
             'Install it with: pip install "sparse-ft[quickstart]"'
         )
     try:
-        run(language=language, model=model, seeds=seeds, fast=fast, out=out)
+        run(
+            language=language,
+            model=model,
+            output=output,
+            seeds=seeds,
+            seed=seed,
+            fast=fast,
+            fresh=fresh,
+            threads=threads,
+        )
     except QuickstartError as error:
         _fail(str(error))
 

@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -38,31 +37,35 @@ def recorded(monkeypatch):
     return calls
 
 
-def test_quickstart_defaults(recorded):
+def test_quickstart_has_the_defaults_of_its_function(monkeypatch):
+    quickstart = pytest.importorskip("sparse_ft.quickstart")
+    parameters = inspect.signature(quickstart.run).parameters
+    calls = []
+    monkeypatch.setattr(quickstart, "run", lambda **options: calls.append(options))
     result = run("quickstart")
     assert result.exit_code == 0, result.output
-    assert recorded == [
-        {
-            "language": "lb",
-            "model": None,
-            "seeds": 1,
-            "fast": False,
-            "out": Path("sparse_ft_quickstart"),
-        }
-    ]
+    (passed,) = calls
+    assert {name: str(value) for name, value in passed.items()} == {
+        name: str(parameter.default) for name, parameter in parameters.items()
+    }
 
 
 def test_quickstart_options(recorded, tmp_path):
-    options = ["--language", "gl", "--model", "m", "--seeds", 3, "--fast", "--out", tmp_path]
-    result = run("quickstart", *options)
+    expected = {
+        "language": "gl",
+        "model": "m",
+        "seeds": 3,
+        "seed": 5,
+        "fast": True,
+        "fresh": True,
+        "threads": 2,
+        "output": tmp_path,
+    }
+    flags = ["--fast", "--fresh"]
+    pairs = [(f"--{name}", v) for name, v in expected.items() if f"--{name}" not in flags]
+    result = run("quickstart", *flags, *(word for pair in pairs for word in pair))
     assert result.exit_code == 0, result.output
-    assert recorded == [{"language": "gl", "model": "m", "seeds": 3, "fast": True, "out": tmp_path}]
-
-
-def test_quickstart_accepts_what_the_command_passes():
-    quickstart = pytest.importorskip("sparse_ft.quickstart")
-    signature = inspect.signature(quickstart.run)
-    signature.bind(language="lb", model=None, seeds=1, fast=False, out=Path("x"))
+    assert recorded == [expected]
 
 
 def test_quickstart_without_its_extra(monkeypatch):
@@ -83,7 +86,7 @@ def test_quickstart_without_its_extra(monkeypatch):
 
 
 def test_quickstart_errors_are_one_line(recorded, monkeypatch):
-    from sparse_ft.quickstart.e5 import QuickstartError
+    from sparse_ft.quickstart import QuickstartError
 
     def fail(**options):
         raise QuickstartError("language 'xx' is unknown")
