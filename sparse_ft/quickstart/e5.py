@@ -43,7 +43,7 @@ _LAYER = {
 }
 
 
-class QuickstartError(RuntimeError):
+class QuickstartError(ValueError):
     """Something the quickstart needs is missing or is not what it says it is."""
 
 

@@ -388,3 +388,111 @@ def without_ambiguous(sentences: Sequence[Sentence]) -> list[Sentence]:
     for s in sentences:
         intents.setdefault(s.skeleton, set()).add(s.intent)
     return [s for s in sentences if len(intents[s.skeleton]) == 1]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many sentences are drawn."""
+
+    train_per_intent: int = 120
+    train_per_template: int = 40
+    test_per_intent: int = 100
+    test_per_template: int = 20
+    unlabelled: int = 4000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything the quickstart reads.
+
+    Attributes:
+        intents: the labels: intents with two usable templates or more in source and target.
+        source: English sentences, split -> sentences ("train", "dev", "test").
+        target: sentences of the target language's test templates.
+        unlabelled: language -> texts from the templates that are not held out.
+        languages: target and control language codes.
+    """
+
+    intents: tuple[str, ...]
+    source: Mapping[str, list[Sentence]]
+    target: list[Sentence]
+    unlabelled: Mapping[str, list[str]]
+    languages: tuple[str, str]
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts, each once."""
+        labelled = [*self.source["train"], *self.source["dev"], *self.source["test"], *self.target]
+        free = [text for texts in self.unlabelled.values() for text in texts]
+        return list(dict.fromkeys([s.text for s in labelled] + free))
+
+
+SOURCE = "en"
+SOURCE_SHARES: Mapping[str, float] = {"train": 0.7, "dev": 0.1, "test": 0.2}
+OTHER_SHARES: Mapping[str, float] = {"train": 0.5, "test": 0.5}
+
+
+def build_corpus(
+    target: str, control: str, helpers: Sequence[str] = (), sizes: Sizes | None = None
+) -> Corpus:
+    """Draw the quickstart's data; the same every time.
+
+    English is split 70:10:20 by template, every other language 50:50. Labels are used of English
+    alone; the text of the training templates of all languages is used unlabelled.
+
+    Args:
+        target: language to transfer to.
+        control: language whose SFT serves as a control.
+        helpers: further languages whose unlabelled text is drawn.
+        sizes: how many sentences to draw.
+
+    Raises:
+        QuickstartError: a language is not there, or shares too few intents with English.
+    """
+    sizes = sizes or Sizes()
+    codes = list(dict.fromkeys([SOURCE, target, control, *helpers]))
+    languages = {code: Language(code) for code in codes}
+    splits = {
+        code: split_templates(language.templates, SOURCE_SHARES if code == SOURCE else OTHER_SHARES)
+        for code, language in languages.items()
+    }
+    ours, theirs = languages[SOURCE].templates, languages[target].templates
+    intents = tuple(i for i in sorted(theirs) if len(theirs[i]) > 1 and len(ours.get(i, ())) > 1)
+    if len(intents) < 3:
+        raise QuickstartError(
+            f"language {target!r} shares {len(intents)} intents of two templates or more with "
+            f"{SOURCE!r}; the quickstart needs 3. Try lb, cy, is, ga, af or eu"
+        )
+
+    def held_out(code: str, split: str, per_intent: int, per_template: int) -> list[Sentence]:
+        rng = random.Random(f"{code} {split}")
+        templates = splits[code].get(split, {})
+        return without_ambiguous(
+            sample_split(languages[code], templates, per_intent, per_template, rng)
+        )
+
+    test = {code: held_out(code, "test", sizes.test_per_intent, sizes.test_per_template)
+            for code in codes}  # fmt: skip
+    dev = held_out(SOURCE, "dev", sizes.test_per_intent, sizes.test_per_template)
+    secret = [s for sentences in test.values() for s in sentences]
+
+    def labelled(sentences: Sequence[Sentence]) -> list[Sentence]:
+        return [s for s in sentences if s.intent in intents]
+
+    dev = without_twins(dev, secret)
+    train = sample_split(
+        languages[SOURCE], splits[SOURCE]["train"], sizes.train_per_intent,
+        sizes.train_per_template, random.Random(f"{SOURCE} train"),
+    )  # fmt: skip
+    train = without_twins(without_ambiguous(train), [*secret, *dev])
+    unlabelled: dict[str, list[str]] = {}
+    for code in codes:
+        rng = random.Random(f"{code} unlabelled")
+        templates = splits[code]["train"]
+        per_template = max(1, 2 * sizes.unlabelled // sum(map(len, templates.values())))
+        drawn = sample_split(languages[code], templates, 10**9, per_template, rng)
+        texts = [s.text for s in without_twins(drawn, [*secret, *dev])]
+        rng.shuffle(texts)
+        unlabelled[code] = texts[: sizes.unlabelled]
+    source = {"train": labelled(train), "dev": labelled(dev), "test": labelled(test[SOURCE])}
+    return Corpus(intents, source, labelled(test[target]), unlabelled, (target, control))

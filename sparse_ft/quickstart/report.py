@@ -1,0 +1,159 @@
+"""What the quickstart shows at its end: tables in the terminal, a bar plot, the next commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LABELS: Mapping[str, str] = {
+    "task": "task SFT alone",
+    "language+task": "{target} SFT + task SFT",
+    "control+task": "{control} SFT + task SFT (control)",
+    "full": "full fine-tuning on the task",
+    "source": "English, held out: task SFT",
+    "source_full": "English, held out: full fine-tuning",
+}
+"""Rows of the result, in order."""
+
+
+def row_label(row: str, results: Mapping[str, Any]) -> str:
+    """The text of a row, with the languages filled in."""
+    return LABELS[row].format(target=results["language"], control=results["control"])
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def accuracy_rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """Label, mean accuracy and the accuracy of each seed, in percent, of each row that was run."""
+    rows = []
+    for row in LABELS:
+        values = [100 * run["accuracy"][row] for run in results["runs"] if row in run["accuracy"]]
+        if values:
+            rows.append(
+                (row_label(row, results), f"{mean(values):.1f}", [f"{v:.1f}" for v in values])
+            )
+    return rows
+
+
+def size_text(n_bytes: float) -> str:
+    """A size in bytes for people: 512 B, 3.4 MB."""
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} GB"
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """One sentence on what the numbers show, whichever way they fall."""
+    runs = results["runs"]
+    gain = [100 * (r["accuracy"]["language+task"] - r["accuracy"]["task"]) for r in runs]
+    over = [100 * (r["accuracy"]["language+task"] - r["accuracy"]["control+task"]) for r in runs]
+    seeds = f" (mean of {len(runs)} seeds)" if len(runs) > 1 else ""
+    return (
+        f"Composing the {results['language']} SFT with the task SFT changes accuracy by "
+        f"{mean(gain):+.1f} points against the task SFT alone and by {mean(over):+.1f} points "
+        f"against the {results['control']} SFT as control{seeds}. Test: "
+        f"{results['test_sentences']} sentences from {results['test_templates']} templates that no "
+        f"training saw; standard error about "
+        f"{100 * results['standard_error']:.1f} points, counted by template."
+    )
+
+
+def next_commands(results: Mapping[str, Any]) -> list[str]:
+    """Commands a reader may try next."""
+    files = results["runs"][0]["files"]
+    commands = [f"sparse-ft info {files['language']}"]
+    if len(results["runs"]) < 3:
+        commands.append(f"sparse-ft quickstart --language {results['language']} --seeds 3")
+    other = "cy" if results["language"] != "cy" else "is"
+    commands.append(f"sparse-ft quickstart --language {other}")
+    return commands
+
+
+def python_snippet(results: Mapping[str, Any]) -> str:
+    """Code that loads and composes the files of the first seed."""
+    files = results["runs"][0]["files"]
+    return "\n".join(
+        [
+            "import sparse_ft as sf",
+            "from sparse_ft.quickstart import load_classifier",
+            f'model, tokenizer, intents = load_classifier("{results["output"]}")',
+            f'task = sf.SparseDelta.load("{files["task"]}")',
+            f'language = sf.SparseDelta.load("{files["language"]}")',
+            "with sf.compose(model, [task, language], heads=task):",
+            '    batch = tokenizer(["a sentence"], return_tensors="pt")',
+            '    print(intents[int(model(batch["input_ids"], batch["attention_mask"]).argmax())])',
+        ]
+    )
+
+
+def show(results: Mapping[str, Any], console: Any) -> None:
+    """Print tables, verdict, files and next commands.
+
+    Args:
+        results: what `run` returns.
+        console: a `rich.console.Console`.
+    """
+    from rich.table import Table
+
+    seeds = [str(run["seed"]) for run in results["runs"]]
+    table = Table(title=f"Intent accuracy in {results['language']}, %", title_justify="left")
+    table.add_column("model")
+    table.add_column("mean" if len(seeds) > 1 else "accuracy", justify="right")
+    if len(seeds) > 1:
+        for seed in seeds:
+            table.add_column(f"seed {seed}", justify="right")
+    for label, average, each in accuracy_rows(results):
+        table.add_row(label, average, *(each if len(seeds) > 1 else []))
+    console.print(table)
+
+    sizes = Table(title="Sparse fine-tunings", title_justify="left")
+    for name in ("file", "entries", "density", "size", "seconds"):
+        sizes.add_column(name, justify="left" if name == "file" else "right", overflow="fold")
+    for run in results["runs"]:
+        for sft in run["sfts"]:
+            sizes.add_row(
+                sft["file"], f"{sft['nnz']:,}", f"{100 * sft['density']:.1f} %",
+                size_text(sft["bytes"]), f"{sft['seconds']:.0f}",
+            )  # fmt: skip
+    console.print(sizes)
+    console.print(verdict(results), highlight=False)
+    console.print(
+        f"\nBase model: {results['base']} ({size_text(results['base_bytes'])}); plot: "
+        f"{results['plot']}; {results['seconds']:.0f} s of training, {results['threads']} threads, "
+        f"{results['precision']} products, peak memory {size_text(results['peak_bytes'])}.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print("\nCompose them yourself:\n", highlight=False)
+    console.print(python_snippet(results), highlight=False, markup=False, soft_wrap=True)
+    console.print("\nNext:", highlight=False)
+    for command in next_commands(results):
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Draw the accuracies as bars, one dot per seed, to a PNG file."""
+    from matplotlib.figure import Figure
+
+    rows = accuracy_rows(results)
+    figure = Figure(figsize=(7.5, 0.55 * len(rows) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    n_target = sum(not label.startswith("English") for label, _, _ in rows)
+    colours = ["#8c8c8c", "#1b7837", "#c2a5cf", "#5b8db8"][:n_target]
+    colours += ["#d9d9d9"] * (len(rows) - n_target)
+    for i, ((_, average, each), colour) in enumerate(zip(rows, colours, strict=True)):
+        axes.barh(i, float(average), color=colour)
+        axes.plot([float(v) for v in each], [i] * len(each), "k.", markersize=4)
+        axes.text(1, i, average, va="center", ha="left", fontsize=9)
+    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy, %")
+    axes.set_title(f"Intents, English → {results['language']}", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
