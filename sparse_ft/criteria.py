@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sparse_ft_kernels import select_random, select_topk
 from torch import Tensor
 
-__all__ = ["CRITERIA", "Candidates", "Choice", "criterion"]
+from sparse_ft_kernels import select_random, select_topk
+
+__all__ = ["CRITERIA", "Candidates", "Choice", "criterion", "largest"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ Choice = tuple[Tensor, Tensor, Tensor | None]
 CRITERIA: dict[str, Callable[[Candidates], Choice]] = {}
 
 
-def criterion(name: str) -> Callable[[Callable[[Candidates], Choice]], Callable[[Candidates], Choice]]:
+def criterion(
+    name: str,
+) -> Callable[[Callable[[Candidates], Choice]], Callable[[Candidates], Choice]]:
     """Registers a criterion under a name."""
 
     def register(function: Callable[[Candidates], Choice]) -> Callable[[Candidates], Choice]:
@@ -49,11 +52,8 @@ def criterion(name: str) -> Callable[[Callable[[Candidates], Choice]], Callable[
     return register
 
 
-@criterion("magnitude")
-def magnitude(candidates: Candidates) -> Choice:
-    """The entries that moved most: the largest |θ1 − θ0| over all tensors (LT-SFT, algorithm 1)."""
-    if not candidates.start:
-        raise ValueError('select: criterion "magnitude" needs theta0, the values at the start')
+def largest(candidates: Candidates) -> Choice:
+    """The entries with the largest |current − start|, or |current| where there is no start."""
     return select_topk(
         candidates.current,
         candidates.start,
@@ -61,6 +61,14 @@ def magnitude(candidates: Candidates) -> Choice:
         exclude=candidates.exclude,
         tie=candidates.tie,
     )
+
+
+@criterion("magnitude")
+def magnitude(candidates: Candidates) -> Choice:
+    """The entries that moved most: the largest |θ1 − θ0| over all tensors (LT-SFT, algorithm 1)."""
+    if not candidates.start:
+        raise ValueError('select: criterion "magnitude" needs theta0, the values at the start')
+    return largest(candidates)
 
 
 @criterion("random")

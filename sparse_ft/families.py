@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
+
 from sparse_ft_kernels.contract import describe_unusable
 
 __all__ = [
@@ -85,9 +85,7 @@ def freeze_norms(model: nn.Module, *, by_name: bool = False) -> list[str]:
     if by_name:
         chosen = {id(p) for name, p in model.named_parameters() if "LayerNorm" in name}
     else:
-        chosen = {
-            id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)
-        }
+        chosen = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
     frozen = []
     for name, parameter in named_parameters(model).items():
         if id(parameter) in chosen and parameter.requires_grad:

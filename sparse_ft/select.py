@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 
 import torch
-from sparse_ft_kernels import NonFiniteError
 from torch import Tensor, nn
 
-from .criteria import CRITERIA, Candidates
+from sparse_ft_kernels import NonFiniteError
+
+from .criteria import CRITERIA, Candidates, largest
 from .families import backbone_names, check_usable, named_parameters
 from .tiles import Layout, Support
 
@@ -166,10 +167,8 @@ def select(
                     f"which has shape {tuple(current[i].shape)}"
                 )
             scores.append(score.detach().to(torch.float32).contiguous())
-        candidates = Candidates(
-            names, scores, [torch.zeros_like(s) for s in scores], count, skip, seed, tie
-        )
-        choose = CRITERIA["magnitude"]
+        candidates = Candidates(names, scores, (), count, skip, seed, tie)
+        choose = largest
     else:
         if criterion not in CRITERIA:
             raise ValueError(

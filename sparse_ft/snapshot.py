@@ -48,7 +48,10 @@ class Snapshot(Mapping[str, Tensor]):
                     raise ValueError(f"Snapshot.restore: the model has no {kind} {name!r} any more")
                 if name not in values:
                     raise ValueError(f"Snapshot.restore: the model has a new {kind} {name!r}")
-                if values[name].shape != found[name].shape or values[name].dtype != found[name].dtype:
+                if (
+                    values[name].shape != found[name].shape
+                    or values[name].dtype != found[name].dtype
+                ):
                     raise ValueError(
                         f"Snapshot.restore: {kind} {name!r} was {values[name].dtype} of shape "
                         f"{tuple(values[name].shape)} and is {found[name].dtype} of shape "

@@ -13,8 +13,9 @@ from math import prod
 
 import numpy as np
 import torch
-from sparse_ft_kernels import TILE
 from torch import Tensor
+
+from sparse_ft_kernels import TILE
 
 __all__ = ["TILE", "Layout", "Support"]
 
@@ -52,7 +53,9 @@ class Layout:
         shapes = []
         for name in names:
             value = tensors[name]
-            shapes.append(tuple(int(n) for n in (value.shape if isinstance(value, Tensor) else value)))
+            shapes.append(
+                tuple(int(n) for n in (value.shape if isinstance(value, Tensor) else value))
+            )
         return cls(names, tuple(shapes))
 
     @cached_property

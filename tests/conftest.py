@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from sparse_ft_kernels import build
 
 # No test may download.

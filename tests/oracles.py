@@ -32,7 +32,9 @@ def rng(*key: object) -> torch.Generator:
 
 
 def tensors(
-    shapes: Sequence[tuple[int, ...]], generator: torch.Generator, dtype: torch.dtype = torch.float32
+    shapes: Sequence[tuple[int, ...]],
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from sparse_ft_kernels import TILE, native
 from sparse_ft_kernels.tile_table import DTYPE_CODES
 
@@ -22,7 +23,9 @@ SCALARS = {
 
 def declared() -> dict[str, tuple[type, tuple[type, ...]]]:
     out = {}
-    for result, name, arguments in re.findall(r"SFT_API\s+([\w\s]+?[\s*]+)(\w+)\s*\(([^)]*)\)\s*;", CODE):
+    for result, name, arguments in re.findall(
+        r"SFT_API\s+([\w\s]+?[\s*]+)(\w+)\s*\(([^)]*)\)\s*;", CODE
+    ):
         parts = [a.strip() for a in arguments.split(",")]
         out[name] = (
             ctypes.c_char_p if "char" in result else SCALARS[result.strip()],

@@ -5,6 +5,7 @@ import oracles
 import pytest
 import torch
 from oracles import DTYPES, MODELS, numels, rng, tensors
+
 from sparse_ft_kernels import anchor_l1_
 
 

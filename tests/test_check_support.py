@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracles import numels, random_support, rng, tensors
+
 from sparse_ft_kernels import check_support
 
 SIZES = [70_000, 5, 65536]

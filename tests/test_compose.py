@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import DTYPES, MODELS, numels, random_support, rng, take, tensors
+
 from sparse_ft_kernels import compose_, merge, restore_
 
 
@@ -37,7 +38,11 @@ def expected_weights(weights, deltas, alphas):
 
 
 def split(deltas):
-    return [list(x) for x in zip(*((d[0], d[1], d[2]) for d in deltas), strict=True)] or [[], [], []]
+    return [list(x) for x in zip(*((d[0], d[1], d[2]) for d in deltas), strict=True)] or [
+        [],
+        [],
+        [],
+    ]
 
 
 def undo_for(deltas, dtype):
@@ -84,7 +89,10 @@ def test_special_values(backend):
     weights = [torch.tensor([-0.0, 1.0, 1e-45, 65504.0, -1.0, float("inf")])]
     deltas = [
         (torch.arange(6, dtype=torch.int16).view(torch.uint16), torch.tensor([0, 6]), v, None)
-        for v in (torch.tensor([0.5, 0.25, 0, 1.0, 1e-45, 1.0]), torch.tensor([-0.5, 0.25, 0, 1.0, 0, 1.0]))
+        for v in (
+            torch.tensor([0.5, 0.25, 0, 1.0, 1e-45, 1.0]),
+            torch.tensor([-0.5, 0.25, 0, 1.0, 0, 1.0]),
+        )
     ]
     stats = compose_(weights, *split(deltas), [1.0, 1.0])
     expected = torch.tensor([-0.0, 1.5, 1e-45, 65506.0, -1.0, float("inf")])
@@ -102,7 +110,9 @@ def test_overflow_in_fp16_is_infinite_and_undone(backend):
     assert (weights[0] == 60000).all()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     count=st.integers(1, 6),
     density=st.floats(0, 1),
@@ -146,7 +156,11 @@ def test_merge_then_apply_is_compose(backend):
     alphas = [1.0, 0.5, -1.0, 0.1]
     composed, merged = [t.clone() for t in start], [t.clone() for t in start]
     compose_(composed, *split(deltas), alphas)
-    sizes = [n for s in numels(start) for n in [65536] * (s // 65536) + ([s % 65536] if s % 65536 else [])]
+    sizes = [
+        n
+        for s in numels(start)
+        for n in [65536] * (s // 65536) + ([s % 65536] if s % 65536 else [])
+    ]
     idx, ptr, val = merge(torch.tensor(sizes, dtype=torch.int32), *split(deltas), alphas)
     compose_(merged, [idx], [ptr], [val], [1.0])
     for found, want in zip(merged, composed, strict=True):

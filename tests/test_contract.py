@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from oracles import random_support, rng, tensors
+
 from sparse_ft_kernels import BackendError, dispatch, explain, select_topk
 from sparse_ft_kernels.contract import OPS
 
@@ -27,7 +28,17 @@ def arguments(name: str) -> tuple:
         "gather": (a, SIZES, idx, ptr, vectors[0], one, True, vectors[1], 0.1),
         "masked_adamw_": (
             *(a, idx, ptr, None, b, *vectors, torch.tensor(0.0)),
-            *(torch.tensor(1e-3, dtype=torch.float64), 0.9, 0.999, 1e-8, 0.1, 0.1, one, one * 0, one),
+            *(
+                torch.tensor(1e-3, dtype=torch.float64),
+                0.9,
+                0.999,
+                1e-8,
+                0.1,
+                0.1,
+                one,
+                one * 0,
+                one,
+            ),
         ),
         "anchor_l1_": (a, b, tensors(SHAPES, generator), 0.1),
         "compose_": (a, [idx], [ptr], [vectors[0]], [0.5], [torch.empty(n)]),
@@ -117,19 +128,43 @@ def test_everything_else_that_does_not_fit():
     n = len(idx)
     cases = [
         (OP.select_topk, (a, a[:1], 1, None, None, False), "b has 1 tensors and a 2"),
-        (OP.select_topk, (a, [a[0], torch.ones(6)], 1, None, None, False), r"b\[1\] has shape \(6,\)"),
+        (
+            OP.select_topk,
+            (a, [a[0], torch.ones(6)], 1, None, None, False),
+            r"b\[1\] has shape \(6,\)",
+        ),
         (OP.select_topk, (a, [], -1, None, None, False), "k must not be negative"),
         (OP.select_topk, (a, [], 1, idx, None, False), "go together"),
-        (OP.select_topk, (a, [], 1, idx, ptr[:-1].clone(), False), "exclude_ptr must hold 3 values"),
-        (OP.gather, (a, [10], idx, ptr, torch.empty(n), None, False, None, 0.0), "2 gradients for 1"),
+        (
+            OP.select_topk,
+            (a, [], 1, idx, ptr[:-1].clone(), False),
+            "exclude_ptr must hold 3 values",
+        ),
+        (
+            OP.gather,
+            (a, [10], idx, ptr, torch.empty(n), None, False, None, 0.0),
+            "2 gradients for 1",
+        ),
         (
             OP.gather,
             (a, [10, 5], idx, ptr, torch.empty(n + 1), None, False, None, 0.0),
             f"out must hold {n} values, got {n + 1}",
         ),
-        (OP.gather, (a, [10, 5], idx, ptr, torch.empty(n), None, False, None, 0.1), "l1 = 0.1 needs delta"),
-        (OP.gather, (a, [10, 5], idx.int(), ptr, torch.empty(n), None, False, None, 0.0), "torch.uint16"),
-        (OP.compose_, (a, [idx], [ptr], [torch.ones(n)], [float("nan")], []), r"alphas\[0\] must be finite"),
+        (
+            OP.gather,
+            (a, [10, 5], idx, ptr, torch.empty(n), None, False, None, 0.1),
+            "l1 = 0.1 needs delta",
+        ),
+        (
+            OP.gather,
+            (a, [10, 5], idx.int(), ptr, torch.empty(n), None, False, None, 0.0),
+            "torch.uint16",
+        ),
+        (
+            OP.compose_,
+            (a, [idx], [ptr], [torch.ones(n)], [float("nan")], []),
+            r"alphas\[0\] must be finite",
+        ),
         (OP.compose_, (a, [idx], [ptr], [torch.ones(n)], [1.0, 1.0], []), "2 alphas for 1 deltas"),
         (
             OP.compose_,

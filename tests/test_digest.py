@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracles import DTYPES, MODELS, numels, random_support, rng, tensors
+
 from sparse_ft_kernels import digest
 
 MASK = (1 << 64) - 1

@@ -5,6 +5,7 @@ import oracles
 import pytest
 import torch
 from oracles import DTYPES, MODELS, numels, random_support, rng, take, tensors
+
 from sparse_ft_kernels import gather, native
 
 
@@ -33,7 +34,15 @@ def test_accumulate_unscale_and_l1(backend):
     out = before.clone()
     scale = torch.tensor(1024.0)
     gather(
-        grads, numels(grads), idx, ptr, out, grad_scale=scale, accumulate=True, delta=delta, l1=0.125
+        grads,
+        numels(grads),
+        idx,
+        ptr,
+        out,
+        grad_scale=scale,
+        accumulate=True,
+        delta=delta,
+        l1=0.125,
     )
     summed = before.numpy() + take(grads, chosen).numpy()
     expected = summed / np.float32(1024) + np.float32(0.125) * np.sign(delta.numpy())

@@ -7,6 +7,7 @@ import oracles
 import pytest
 import torch
 from oracles import DTYPES, MODELS, numels, random_support, rng, take, tensors, ulps
+
 from sparse_ft_kernels import masked_adamw_, native
 
 
@@ -66,7 +67,11 @@ def test_against_float64(backend, name, dtype, compact):
         scale = np.abs(grad.numpy()) * 0.5 + np.abs(m)
         assert (np.abs(state.exp_avg.numpy() - m) <= 4 * np.spacing(np.float32(1)) * scale).all()
         assert (ulps(state.exp_avg_sq, v) <= 4).all()
-        moved = np.abs(d - before.double().numpy()) + np.abs(d) + 1e-3 * 0.1 * np.abs(state.theta0.double().numpy())
+        moved = (
+            np.abs(d - before.double().numpy())
+            + np.abs(d)
+            + 1e-3 * 0.1 * np.abs(state.theta0.double().numpy())
+        )
         assert (np.abs(state.delta.numpy() - d) <= 8 * np.spacing(np.float32(1)) * moved).all()
         assert float(state.step) == t
         expected = (state.theta0.float() + state.delta).to(dtype)
@@ -101,7 +106,12 @@ def test_all_backends_give_the_same_bits(monkeypatch):
                     clip=torch.tensor(0.7),
                 )
             results.append(
-                torch.cat([oracles.bits(x).long() for x in (*state.weights, state.delta, state.exp_avg_sq)])
+                torch.cat(
+                    [
+                        oracles.bits(x).long()
+                        for x in (*state.weights, state.delta, state.exp_avg_sq)
+                    ]
+                )
             )
     native.set_isa(best)
     for i, found in enumerate(results[3:]):
@@ -140,7 +150,10 @@ def test_found_inf_freezes_everything(backend):
     generator = rng("inf")
     state = State(tensors(MODELS["many"], generator), 0.1, generator)
     state.update(tensors(MODELS["many"], generator))
-    before = [t.clone() for t in (*state.weights, state.delta, state.exp_avg, state.exp_avg_sq, state.step)]
+    before = [
+        t.clone()
+        for t in (*state.weights, state.delta, state.exp_avg, state.exp_avg_sq, state.step)
+    ]
     grads = tensors(MODELS["many"], generator)
     grads[3][:] = float("inf")
     state.update(grads, found_inf=torch.tensor(1.0), weight_decay=0.1)

@@ -5,6 +5,7 @@ import oracles
 import pytest
 import torch
 from oracles import DTYPES, MODELS, n_tiles, numels, random_support, rng, tensors
+
 from sparse_ft_kernels import merge
 
 
@@ -15,7 +16,9 @@ def lengths_of(sizes):
 
 def entries(idx, ptr):
     counts = (ptr[1:] - ptr[:-1]).numpy()
-    return (np.repeat(np.arange(len(counts)), counts) * 65536 + idx.numpy().astype(np.int64)).tolist()
+    return (
+        np.repeat(np.arange(len(counts)), counts) * 65536 + idx.numpy().astype(np.int64)
+    ).tolist()
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -36,13 +39,17 @@ def test_against_a_dictionary(backend, name, dtype, count):
     idx, ptr, val = merge(lengths_of(sizes), *map(list, zip(*parts, strict=True)), alphas)
     assert entries(idx, ptr) == sorted(expected)
     assert len(ptr) == n_tiles(sizes) + 1
-    oracles.assert_bits(val, torch.tensor([expected[at] for at in sorted(expected)], dtype=torch.float32))
+    oracles.assert_bits(
+        val, torch.tensor([expected[at] for at in sorted(expected)], dtype=torch.float32)
+    )
 
 
 def test_what_cancels_stays_as_zero(backend):
     idx, ptr = torch.tensor([1, 5], dtype=torch.int16).view(torch.uint16), torch.tensor([0, 2])
     val = torch.tensor([0.5, -2.0])
-    out = merge(torch.tensor([10], dtype=torch.int32), [idx, idx], [ptr, ptr], [val, val], [1.0, -1.0])
+    out = merge(
+        torch.tensor([10], dtype=torch.int32), [idx, idx], [ptr, ptr], [val, val], [1.0, -1.0]
+    )
     assert out[0].tolist() == [1, 5]
     assert out[2].tolist() == [0.0, 0.0]
 

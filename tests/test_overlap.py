@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import DTYPES, MODELS, numels, random_support, rng, tensors
+
 from sparse_ft_kernels import overlap
 
 

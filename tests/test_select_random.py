@@ -5,6 +5,7 @@ import oracles
 import pytest
 import torch
 from oracles import MODELS, flat_support, numels, tensors
+
 from sparse_ft_kernels import TooFewError, select_random
 
 
@@ -21,11 +22,15 @@ def test_is_the_top_k_of_the_stated_hash(backend):
     model = [torch.zeros(n) for n in sizes]
     seed = (1 << 63) + 12345
     keys = {(0, i): _key(seed, 0, i) for i in range(3)}
-    keys |= {(1 + i // 65536, i % 65536): _key(seed, 1 + i // 65536, i % 65536) for i in range(70_000)}
+    keys |= {
+        (1 + i // 65536, i % 65536): _key(seed, 1 + i // 65536, i % 65536) for i in range(70_000)
+    }
     best = sorted(keys, key=lambda at: (-keys[at], at))[:500]
     idx, ptr = select_random(model, k=500, seed=seed)
     found = [
-        (tile, int(i)) for tile in range(3) for i in idx.numpy()[int(ptr[tile]) : int(ptr[tile + 1])]
+        (tile, int(i))
+        for tile in range(3)
+        for i in idx.numpy()[int(ptr[tile]) : int(ptr[tile + 1])]
     ]
     assert found == sorted(best)
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import DTYPES, MODELS, flat_support, n_tiles, numels, rng, tensors, top_k
+
 from sparse_ft_kernels import NonFiniteError, TooFewError, native, select_topk
 
 
@@ -103,7 +104,9 @@ def test_clustered_in_a_few_tiles(backend):
 def test_few_distinct_values(backend, sizes, levels, share, excluded, seed):
     generator = torch.Generator().manual_seed(seed)
     a = [torch.randint(0, levels + 1, (n,), generator=generator).float() for n in sizes]
-    skip = [(torch.rand(n, generator=generator) < excluded).nonzero().reshape(-1).numpy() for n in sizes]
+    skip = [
+        (torch.rand(n, generator=generator) < excluded).nonzero().reshape(-1).numpy() for n in sizes
+    ]
     exclude = flat_support(sizes, skip)
     eligible = sum(sizes) - len(exclude[0])
     k = int(share * eligible)

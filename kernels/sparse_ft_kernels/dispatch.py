@@ -58,7 +58,9 @@ def _resolve(op: str, device_type: str, forced: str) -> Callable[..., Any]:
             return getattr(BACKENDS[name], op)  # type: ignore[no-any-return]
         tried.append(f"{name}: {answer.reason}")
     forced_by = f" ({ENVIRONMENT}={forced})" if forced else ""
-    raise BackendError(f"{op} on {device_type}{forced_by}: no backend can serve; " + "; ".join(tried))
+    raise BackendError(
+        f"{op} on {device_type}{forced_by}: no backend can serve; " + "; ".join(tried)
+    )
 
 
 def reset() -> None:

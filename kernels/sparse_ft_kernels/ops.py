@@ -153,7 +153,9 @@ def masked_adamw_(
     """
     compact = grad if isinstance(grad, Tensor) else None
     dense = [] if isinstance(grad, Tensor) else list(grad)
-    rate = lr if isinstance(lr, Tensor) else torch.tensor([lr], dtype=torch.float64, device=idx.device)
+    rate = (
+        lr if isinstance(lr, Tensor) else torch.tensor([lr], dtype=torch.float64, device=idx.device)
+    )
     _OPS.masked_adamw_(
         *(list(weights), idx, ptr, compact, dense, exp_avg, exp_avg_sq, delta, theta0, step, rate),
         *(betas[0], betas[1], eps, weight_decay, l1, grad_scale, found_inf, clip),

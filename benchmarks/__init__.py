@@ -1,0 +1,1 @@
+"""Measured comparisons of sparse_ft with what else one would do."""

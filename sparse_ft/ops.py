@@ -1,0 +1,42 @@
+"""The kernel layer as the public low-level API: whole-model ops on selected entries.
+
+Everything here comes from `sparse_ft_kernels`; docs/ops.md describes each op, csrc/sparse_ft.h its arithmetic.
+"""
+
+from sparse_ft_kernels import (
+    TILE,
+    BackendError,
+    NonFiniteError,
+    TooFewError,
+    anchor_l1_,
+    check_support,
+    compose_,
+    digest,
+    explain,
+    gather,
+    masked_adamw_,
+    merge,
+    overlap,
+    restore_,
+    select_random,
+    select_topk,
+)
+
+__all__ = [
+    "TILE",
+    "BackendError",
+    "NonFiniteError",
+    "TooFewError",
+    "anchor_l1_",
+    "check_support",
+    "compose_",
+    "digest",
+    "explain",
+    "gather",
+    "masked_adamw_",
+    "merge",
+    "overlap",
+    "restore_",
+    "select_random",
+    "select_topk",
+]
