@@ -213,7 +213,7 @@ class _Quickstart:
             f"{self.settings['precision']}",
             highlight=False,
         )
-        with _progress(console) as progress:
+        with _quiet(), _progress(console) as progress:
             self._prepare(seeds[0], progress)
             runs = [self._run_seed(seed, progress) for seed in seeds]
         results: dict[str, Any] = {
@@ -361,14 +361,16 @@ class _Quickstart:
         }
 
     def _language_sft(self, code: str, seed: int, progress: Progress) -> _Sft:
+        from .intents import SOURCE
         from .models import MaskedLanguageModel
 
         def compute(tick: Callable[[float], None]) -> tuple[SparseDelta, dict[str, Any]]:
             model = MaskedLanguageModel(self.encoder, self.trainer.pieces.predicted)
             model.load_state_dict(self.head, strict=False)
             rows = self.tokenizer(self.corpus.unlabelled[code])["input_ids"]
+            source = self.tokenizer(self.corpus.unlabelled[SOURCE])["input_ids"]
             self._trainable()
-            delta, losses = self.trainer.language_sft(model, code, rows, seed, tick)
+            delta, losses = self.trainer.language_sft(model, code, rows, source, seed, tick)
             return delta, {"losses": losses}
 
         steps = self.recipe.language_full_steps + self.recipe.language_sparse_steps
@@ -443,6 +445,20 @@ class _Quickstart:
         from ..families import freeze_norms
 
         freeze_norms(self.encoder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers among ours."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _progress(console: Any) -> Progress:
