@@ -16,7 +16,18 @@ LIBRARY = ROOT / "sparse_ft"
 HEAVY = ("transformers", "triton", "tokenizers", "matplotlib", "rich", "typer", "numba", "pandas")
 
 # Ops that are written in another op's files, because they share its code.
-TOGETHER = {"restore_": "compose_", "select_random": "select_topk"}
+TOGETHER = {"restore_": "compose_"}
+
+# Ops without a case in benchmarks/cases.py: none of them is a hot path of its own. The list shrinks.
+UNMEASURED = {
+    "anchor_l1_",
+    "check_support",
+    "digest",
+    "gather",
+    "merge",
+    "overlap",
+    "select_random",
+}
 
 
 def modules(folder: Path) -> list[Path]:
@@ -143,8 +154,13 @@ def test_one_op_one_stem(op):
     assert callable(getattr(native, op, None)), f"native.py has no {op}"
     assert (ROOT / "csrc" / "cpu" / f"{stem}.cpp").is_file()
     assert (ROOT / "tests" / f"test_{stem}.py").is_file()
+
+
+def test_every_op_is_measured_or_listed():
     cases = (ROOT / "benchmarks" / "cases.py").read_text(encoding="utf-8")
-    assert re.search(rf"\b{stem}_?\b", cases), f"benchmarks/cases.py has no case of {stem}"
+    measured = set(re.findall(r"^def ([a-z]\w*)\(", cases, re.MULTILINE))
+    unmeasured = {op for op in contract.OPS if op.rstrip("_") not in measured}
+    assert unmeasured == UNMEASURED
 
 
 def test_files_of_an_op_belong_to_an_op():
