@@ -18,7 +18,7 @@ HEAVY = ("transformers", "triton", "tokenizers", "matplotlib", "rich", "typer", 
 # Ops that are written in another op's files, because they share its code.
 TOGETHER = {"restore_": "compose_"}
 
-# Ops without a case in benchmarks/cases.py: none is a hot path of its own. The list may only shrink.
+# Ops without a case in benchmarks/cases.py: none is a hot path of its own. May only shrink.
 UNMEASURED = {
     "anchor_l1_",
     "check_support",
