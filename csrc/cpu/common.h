@@ -1,0 +1,382 @@
+// What the operations share: threads, data types, reading and writing of selected entries.
+//
+// Included by files that are compiled once per instruction set, so everything lies in the unnamed
+// namespace (see dispatch.cpp). Code that uses an instruction set asks for its macro, not for
+// SFT_ISA.
+#ifndef SPARSE_FT_CPU_COMMON_H
+#define SPARSE_FT_CPU_COMMON_H
+
+#include "sparse_ft.h"
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef SFT_ISA
+#define SFT_ISA portable
+#endif
+#include "ops.inl"
+
+namespace sft::SFT_ISA {
+namespace {
+
+// --- threads ---
+
+// Sets round to nearest even with subnormal numbers for its lifetime, whatever the caller has chosen
+// for this thread (torch.set_flush_denormal, say).
+class IeeeMode {
+ public:
+#if defined(__x86_64__)
+  IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~IeeeMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  IeeeMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~IeeeMode() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  IeeeMode() {}
+  ~IeeeMode() {}
+#endif
+  IeeeMode(const IeeeMode &) = delete;
+  IeeeMode &operator=(const IeeeMode &) = delete;
+};
+
+// Below this many entries, waking a second thread costs more than it saves.
+constexpr int64_t kSerialWork = 16384;
+
+inline int32_t team_size(int64_t n, int32_t threads, int64_t work) {
+  if (work < kSerialWork || threads < 1) return 1;
+  return n < threads ? (n > 1 ? static_cast<int32_t>(n) : 1) : threads;
+}
+
+// Calls body(i, thread) for i in [0, n), in any order; work is the number of entries in all.
+// No result may depend on the thread or on the order.
+template <class Body>
+inline void for_each(int64_t n, int32_t threads, int64_t work, const Body &body) {
+  const int32_t team = team_size(n, threads, work);
+  (void)team;
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(team) if (team > 1)
+#endif
+  {
+    const IeeeMode ieee;
+#if defined(_OPENMP)
+    const int32_t thread = team > 1 ? omp_get_thread_num() : 0;
+#pragma omp for schedule(dynamic, 1)
+#else
+    const int32_t thread = 0;
+#endif
+    for (int64_t i = 0; i < n; ++i) body(i, thread);
+  }
+}
+
+inline int64_t add_atomically(int64_t *counter, int64_t value) {
+  return __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+}
+
+inline void lower_atomically(int64_t *least, int64_t value) {
+  int64_t found = __atomic_load_n(least, __ATOMIC_RELAXED);
+  while (value < found && !__atomic_compare_exchange_n(least, &found, value, true, __ATOMIC_RELAXED,
+                                                       __ATOMIC_RELAXED)) {
+  }
+}
+
+inline void prefetch_read(const void *address) { __builtin_prefetch(address, 0, 3); }
+
+// Fetches a line in order to write to it. The instruction does nothing on x86-64 processors that
+// lack it, and the compiler's builtin would need an option that they lack as well.
+inline void prefetch_write(const void *address) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char *>(address)));
+#else
+  __builtin_prefetch(address, 1, 3);
+#endif
+}
+
+// --- numbers ---
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline bool same_bits(float a, float b) { return bits_of(a) == bits_of(b); }
+inline bool same_bits(uint16_t a, uint16_t b) { return a == b; }
+
+// -1, 0 or 1; 0 for NaN, as torch.sign.
+inline float sign(float x) {
+  return static_cast<float>(static_cast<int>(x > 0) - static_cast<int>(x < 0));
+}
+
+inline float f32_of_bf16(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
+
+// Round to nearest even; every NaN becomes 0x7FC0, as in torch.
+inline uint16_t bf16_of_f32(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+// A NaN keeps its sign and the top bits of its payload and becomes quiet, as the F16C instruction
+// does it.
+inline float f32_of_f16(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
+  const uint32_t sign_bit = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t magnitude = half & 0x7FFF;
+  if (magnitude >= 0x7C00) {
+    return float_of(sign_bit | 0x7F800000 | (magnitude & 0x3FF) << 13 |
+                    (magnitude > 0x7C00 ? 0x400000 : 0));
+  }
+  if (magnitude >= 0x400) return float_of(sign_bit | ((magnitude << 13) + (112u << 23)));
+  // Subnormal: a multiple of 2^-24, which binary32 holds exactly.
+  return float_of(sign_bit | bits_of(static_cast<float>(magnitude) * float_of(103u << 23)));
+#endif
+}
+
+// Round to nearest even, subnormal numbers included; NaN as above.
+inline uint16_t f16_of_f32(float value) {
+#if defined(__F16C__)
+  return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const uint32_t bits = bits_of(value);
+  const uint32_t sign_bit = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7FFFFFFF;
+  uint32_t half;
+  if (magnitude > 0x7F800000) {
+    half = 0x7E00 | ((magnitude >> 13) & 0x3FF);
+  } else if (magnitude >= 0x47800000) {  // 2^16 and more
+    half = 0x7C00;
+  } else if (magnitude >= 0x38800000) {  // 2^-14 and more: normal; a carry may give infinity
+    half = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  } else if (magnitude >= 0x33000000) {  // 2^-25 and more: subnormal
+    const uint32_t shift = 126 - (magnitude >> 23);
+    const uint32_t mantissa = (magnitude & 0x7FFFFF) | 0x800000;
+    const uint32_t below = mantissa & ((1u << shift) - 1);
+    const uint32_t tie = 1u << (shift - 1);
+    half = mantissa >> shift;
+    half += below > tie || (below == tie && (half & 1));
+  } else {
+    half = 0;
+  }
+  return static_cast<uint16_t>(sign_bit | half);
+#endif
+}
+
+// The data types: what an element is in memory, and conversions of contiguous elements.
+struct F32 {
+  using Raw = float;
+  static void load(const Raw *from, int64_t n, float *to) {
+    memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+  }
+  static void store(const float *from, int64_t n, Raw *to) { load(from, n, to); }
+};
+
+struct BF16 {
+  using Raw = uint16_t;
+  static void load(const Raw *__restrict from, int64_t n, float *__restrict to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = f32_of_bf16(from[i]);
+  }
+  static void store(const float *__restrict from, int64_t n, Raw *__restrict to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = bf16_of_f32(from[i]);
+  }
+};
+
+struct F16 {
+  using Raw = uint16_t;
+  static void load(const Raw *__restrict from, int64_t n, float *__restrict to) {
+    int64_t i = 0;
+#if defined(__AVX2__) && defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i));
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+    }
+#endif
+    for (; i < n; ++i) to[i] = f32_of_f16(from[i]);
+  }
+  static void store(const float *__restrict from, int64_t n, Raw *__restrict to) {
+    int64_t i = 0;
+#if defined(__AVX2__) && defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i *>(to + i), half);
+    }
+#endif
+    for (; i < n; ++i) to[i] = f16_of_f32(from[i]);
+  }
+};
+
+inline bool known_dtype(int32_t dtype) { return dtype >= SFT_F32 && dtype <= SFT_F16; }
+
+// Calls body with a value of the type that belongs to a code.
+template <class Body>
+inline void with_dtype(int32_t dtype, const Body &body) {
+  if (dtype == SFT_F32) {
+    body(F32());
+  } else if (dtype == SFT_BF16) {
+    body(BF16());
+  } else {
+    body(F16());
+  }
+}
+
+template <class Type>
+inline typename Type::Raw *address(int64_t base) {
+  return reinterpret_cast<typename Type::Raw *>(static_cast<uintptr_t>(base));
+}
+
+// n values of any type, from element `first` on, as binary32. Returns where they are: in place
+// where they are binary32 already, else in buffer.
+inline const float *as_floats(int32_t dtype, const void *values, int64_t first, int64_t n,
+                              float *buffer) {
+  if (dtype == SFT_F32) return static_cast<const float *>(values) + first;
+  const uint16_t *raw = static_cast<const uint16_t *>(values) + first;
+  if (dtype == SFT_BF16) {
+    BF16::load(raw, n, buffer);
+  } else {
+    F16::load(raw, n, buffer);
+  }
+  return buffer;
+}
+
+// --- selected entries ---
+
+// Entries are worked on in blocks: gathered into a buffer, computed on as vectors, scattered.
+constexpr int64_t kBlock = 256;
+
+// How many entries ahead their memory lines are asked for.
+constexpr int64_t kAhead = 64;
+
+// Whether n > 0 entries, which ascend strictly, are neighbours.
+inline bool contiguous(const uint16_t *idx, int64_t n) { return idx[n - 1] - idx[0] == n - 1; }
+
+// to[i] = from[idx[i]], i < n. left >= n: entries from idx on in this tile, to look ahead into.
+template <class Raw>
+inline void gather_raw(const Raw *from, const uint16_t *idx, int64_t n, int64_t left, Raw *to) {
+  if (contiguous(idx, n)) {
+    memcpy(to, from + idx[0], static_cast<size_t>(n) * sizeof(Raw));
+    return;
+  }
+  const int64_t near = left - kAhead < n ? left - kAhead : n;
+  int64_t i = 0;
+  for (; i < near; ++i) {
+    prefetch_read(from + idx[i + kAhead]);
+    to[i] = from[idx[i]];
+  }
+  for (; i < n; ++i) to[i] = from[idx[i]];
+}
+
+// The same, of elements that will be written soon.
+template <class Raw>
+inline void gather_raw_to_write(const Raw *from, const uint16_t *idx, int64_t n, int64_t left,
+                                Raw *to) {
+  if (contiguous(idx, n)) {
+    memcpy(to, from + idx[0], static_cast<size_t>(n) * sizeof(Raw));
+    return;
+  }
+  const int64_t near = left - kAhead < n ? left - kAhead : n;
+  int64_t i = 0;
+  for (; i < near; ++i) {
+    prefetch_write(from + idx[i + kAhead]);
+    to[i] = from[idx[i]];
+  }
+  for (; i < n; ++i) to[i] = from[idx[i]];
+}
+
+// to[idx[i]] = from[i], i < n.
+template <class Raw>
+inline void scatter_raw(const Raw *from, const uint16_t *idx, int64_t n, Raw *to) {
+  if (contiguous(idx, n)) {
+    memcpy(to + idx[0], from, static_cast<size_t>(n) * sizeof(Raw));
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) to[idx[i]] = from[i];
+}
+
+// The same, of elements that were not asked for before. left >= n: as in gather_raw.
+template <class Raw>
+inline void scatter_raw_ahead(const Raw *from, const uint16_t *idx, int64_t n, int64_t left,
+                              Raw *to) {
+  if (contiguous(idx, n)) {
+    memcpy(to + idx[0], from, static_cast<size_t>(n) * sizeof(Raw));
+    return;
+  }
+  const int64_t near = left - kAhead < n ? left - kAhead : n;
+  int64_t i = 0;
+  for (; i < near; ++i) {
+    prefetch_write(to + idx[i + kAhead]);
+    to[idx[i]] = from[i];
+  }
+  for (; i < n; ++i) to[idx[i]] = from[i];
+}
+
+// Entries idx[0 … n) of the tile at base, as binary32.
+inline void gather_floats(int32_t dtype, int64_t base, const uint16_t *idx, int64_t n, int64_t left,
+                          float *to) {
+  if (dtype == SFT_F32) {
+    gather_raw(address<F32>(base), idx, n, left, to);
+    return;
+  }
+  uint16_t raw[kBlock];
+  gather_raw(address<BF16>(base), idx, n, left, raw);
+  if (dtype == SFT_BF16) {
+    BF16::load(raw, n, to);
+  } else {
+    F16::load(raw, n, to);
+  }
+}
+
+// --- sums in a fixed order ---
+
+// Sixteen sums in binary64, over the entries e = j mod 16 of a tile.
+struct Lanes {
+  double sum[16] = {};
+
+  // Halves the lanes: 16 -> 8 -> 4 -> 2 -> 1.
+  double total() {
+    for (int half = 8; half > 0; half /= 2) {
+      for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
+    }
+    return sum[0];
+  }
+};
+
+inline double sum_in_order(const double *values, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += values[i];
+  return sum;
+}
+
+// --- arguments ---
+
+inline bool valid_tiles(const sft_tiles *tiles) {
+  return tiles && tiles->n >= 0 &&
+         (tiles->n == 0 || (tiles->base && tiles->length && tiles->dtype));
+}
+
+}  // namespace
+}  // namespace sft::SFT_ISA
+
+#endif

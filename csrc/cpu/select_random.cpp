@@ -1,0 +1,78 @@
+// select_random: k entries, every set of k equally likely: the k largest of 31-bit hashes of (seed,
+// tile, offset); see select.h. The bounds follow from theory: hashes are uniform.
+//
+// key(t, i) = mix(seed * kPayload + (t * 65536 + i + 1) * kPosition) >> 33
+//
+// Moves: nothing but the candidates and 2 bytes of idx an entry.
+#include "mix.h"
+#include "select.h"
+
+#include <math.h>
+
+namespace sft::SFT_ISA {
+namespace {
+
+struct Hashes {
+  static constexpr bool kMayBeInfinite = false;
+
+  uint64_t seed;
+
+  void keys(int64_t t, int32_t first, int32_t n, int32_t *__restrict key) const {
+    const uint64_t position =
+        static_cast<uint64_t>(t) * SFT_TILE + static_cast<uint64_t>(first) + 1;
+    const uint64_t start = seed * kPayload + position * kPosition;
+    for (int32_t i = 0; i < n; ++i) {
+      key[i] = static_cast<int32_t>(mix(start + static_cast<uint64_t>(i) * kPosition) >> 33);
+    }
+  }
+
+  void prefetch(int64_t, int32_t, int32_t) const {}
+
+  // Six standard errors on either side of the quantile.
+  Bounds bounds(const Selection<Hashes> &s, int64_t room) const {
+    const double k = static_cast<double>(s.k), eligible = static_cast<double>(s.eligible);
+    const double margin = 6 * sqrt(k) + 16;
+    const auto key_above = [&](double rank) {
+      const double key = floor((1 - rank / eligible) * 2147483648.0) - 1;
+      return key < -1 ? -1 : key > kNoLimit ? kNoLimit : static_cast<int32_t>(key);
+    };
+    Bounds bounds = {key_above(k + margin), kNoLimit};
+    const bool many = s.k > s.total / 5 || k + margin > 0.9 * static_cast<double>(room);
+    if (many) bounds.high = key_above(k - margin);
+    return bounds;
+  }
+};
+
+using Random = Selection<Hashes>;
+
+}  // namespace
+
+int32_t select_random_find(const int32_t *length, int64_t n_tiles, int64_t k, uint64_t seed,
+                           const uint16_t *exclude_idx, const int64_t *exclude_ptr, int64_t *ptr,
+                           int64_t *info, void *workspace, int64_t workspace_bytes,
+                           int32_t threads) {
+  threads = threads < 1 ? 1 : threads;
+  const int32_t status = check_selection(length, n_tiles, k, exclude_idx, exclude_ptr, ptr, info,
+                                         workspace, workspace_bytes, threads);
+  if (status != SFT_OK) return status;
+  Random selection = {{seed}, length, n_tiles, k, exclude_idx, exclude_ptr, threads};
+  selection.ws = lay_out(workspace, n_tiles, k, threads);
+  return selection.find(false, ptr, info);
+}
+
+int32_t select_random_emit(const int32_t *length, int64_t n_tiles, int64_t k, uint64_t seed,
+                           const uint16_t *exclude_idx, const int64_t *exclude_ptr,
+                           const int64_t *ptr, const int64_t *info, void *workspace,
+                           int64_t workspace_bytes, uint16_t *idx, int32_t threads) {
+  threads = threads < 1 ? 1 : threads;
+  const int32_t status = check_selection(length, n_tiles, k, exclude_idx, exclude_ptr, ptr, info,
+                                         workspace, workspace_bytes, threads);
+  if (status != SFT_OK) return status;
+  if (ptr[n_tiles] == 0) return SFT_OK;
+  if (!idx) return SFT_BAD_ARGUMENT;
+  Random selection = {{seed}, length, n_tiles, k, exclude_idx, exclude_ptr, threads};
+  selection.ws = lay_out(workspace, n_tiles, k, threads);
+  return selection.emit(ptr, idx);
+}
+
+}  // namespace sft::SFT_ISA
