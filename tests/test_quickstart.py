@@ -431,6 +431,80 @@ def test_arguments_out_of_range_are_refused(tmp_path: Path) -> None:
         load_classifier(tmp_path)
 
 
+def _tiny_encoder(folder: Path) -> str:
+    """Save a random two-layer BERT with a tokenizer of whole words, as a Hugging Face model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = sorted({w for t in build_corpus("lb", "cy").texts for w in t.split()})[:900]
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    core = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>")
+    )
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", cls_token="<s>",
+        sep_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>",
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(core.get_vocab()), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=64, max_position_embeddings=64, pad_token_id=1,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@needs_data
+def test_any_encoder_runs_and_a_rerun_gives_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparse_ft.quickstart import run
+    from sparse_ft.quickstart.training import Trainer
+
+    monkeypatch.chdir(tmp_path)
+    name = _tiny_encoder(tmp_path / "tiny")
+    before = torch.get_num_threads()
+
+    def outcome(**options: Any) -> list[tuple[dict[str, float], list[str]]]:
+        results = run(model=name, fast=True, seeds=2, **options)
+        return [(r["accuracy"], [s["content_id"] for s in r["sfts"]]) for r in results["runs"]]
+
+    first = outcome(output="one", threads=1)
+    assert torch.get_num_threads() == before
+    assert first[0][1] != first[1][1]
+    assert outcome(output="two", threads=1) == first
+    assert outcome(output="one", threads=1, fresh=True) == first
+
+    # Everything is stored now, so nothing is trained; a lost file costs its own step alone.
+    trained: list[str] = []
+    language_sft = Trainer.language_sft
+
+    def noted(self: Trainer, model: Any, code: str, *rest: Any) -> Any:
+        trained.append(code)
+        return language_sft(self, model, code, *rest)
+
+    monkeypatch.setattr(Trainer, "language_sft", noted)
+    assert outcome(output="one", threads=1) == first
+    assert trained == []
+    Path("one/language-cy-seed1.safetensors").unlink()
+    assert outcome(output="one", threads=1) == first
+    assert trained == ["cy"]
+
+
+@needs_data
+def test_models_that_cannot_serve_are_refused(tmp_path: Path) -> None:
+    from sparse_ft.quickstart import run
+
+    with pytest.raises(e5.QuickstartError, match="cannot be loaded"):
+        run(model=str(tmp_path / "nowhere"), output=tmp_path / "out", fast=True)
+    with pytest.raises(e5.QuickstartError, match="source"):
+        run(language="en", output=tmp_path / "out", fast=True)
+
+
 @needs_data
 def test_fast_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sparse_ft as sf
