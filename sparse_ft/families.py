@@ -46,8 +46,15 @@ def check_usable(what: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
         ValueError: It names the parameter, what it is, and what would work.
     """
     for name, tensor in tensors:
-        if reason := describe_unusable(tensor):
+        if reason := unusable(tensor):
             raise ValueError(f"{what}: parameter {name!r} {reason}")
+
+
+def unusable(tensor: object) -> str | None:
+    """Why the kernels cannot work on a parameter, with what would help; None where they can."""
+    if isinstance(tensor, nn.parameter.UninitializedParameter):
+        return "has no shape yet; run the model once first"
+    return describe_unusable(tensor)
 
 
 def backbone(model: nn.Module) -> nn.Module:

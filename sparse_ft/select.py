@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from .tiles import Layout, Support
 __all__ = ["Eligible", "eligible_parameters", "resolve_k", "select"]
 
 Eligible = Callable[[str, nn.Parameter], bool] | Collection[str] | None
+_T = TypeVar("_T", bound=Tensor)
 
 
 def eligible_parameters(model: nn.Module, eligible: Eligible = None) -> dict[str, nn.Parameter]:
@@ -34,27 +37,36 @@ def eligible_parameters(model: nn.Module, eligible: Eligible = None) -> dict[str
     parameters = named_parameters(model)
     if not parameters:
         raise ValueError(f"the model {type(model).__name__} has no parameters")
-    if eligible is None:
-        inside = backbone_names(model)
-        chosen = {n for n, p in parameters.items() if n in inside and p.requires_grad}
-        if not chosen:
-            raise ValueError(
-                f"no parameter of the backbone of {type(model).__name__} is trainable, so none is eligible; "
-                "set requires_grad on some, or name them with eligible="
-            )
-    elif callable(eligible):
-        chosen = {n for n, p in parameters.items() if eligible(n, p)}
+    if eligible is not None:
+        return _chosen(type(model).__name__, parameters, eligible)
+    inside = backbone_names(model)
+    trainable = {n: p for n, p in sorted(parameters.items()) if n in inside and p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"no parameter of the backbone of {type(model).__name__} is trainable, so none is eligible; "
+            "set requires_grad on some, or name them with eligible="
+        )
+    return trainable
+
+
+def _chosen(
+    what: str,
+    tensors: Mapping[str, _T],
+    eligible: Callable[[str, _T], bool] | Collection[str],
+) -> dict[str, _T]:
+    """The tensors that a rule or a set of names lets through, in canonical order."""
+    if callable(eligible):
+        chosen = {n for n, t in tensors.items() if eligible(n, t)}
     else:
-        names = {eligible} if isinstance(eligible, str) else set(eligible)
-        if unknown := sorted(names - parameters.keys()):
+        chosen = {eligible} if isinstance(eligible, str) else set(eligible)
+        if unknown := sorted(chosen - tensors.keys()):
             raise ValueError(
-                f"eligible: {type(model).__name__} has no parameter {unknown[0]!r}"
+                f"eligible: the {what} has no parameter {unknown[0]!r}"
                 + (f" (and {len(unknown) - 1} more unknown names)" if len(unknown) > 1 else "")
             )
-        chosen = names
     if not chosen:
         raise ValueError("eligible: no parameter is eligible; widen the rule")
-    return {name: parameters[name] for name in sorted(chosen)}
+    return {name: tensors[name] for name in sorted(chosen)}
 
 
 def resolve_k(k: int | None, density: float | None, numel: int) -> int:
@@ -66,12 +78,16 @@ def resolve_k(k: int | None, density: float | None, numel: int) -> int:
     if (k is None) == (density is None):
         raise ValueError("give either k (a count) or density (a share), not both or neither")
     if k is not None:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise ValueError(f"k must be an integer, got {k!r}")
+        try:
+            k = operator.index(None if isinstance(k, bool) else k)  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(f"k must be an integer, got {k!r}") from None
         if not 1 <= k <= numel:
             raise ValueError(f"k must be between 1 and the {numel} eligible entries, got {k}")
         return k
     assert density is not None
+    if isinstance(density, bool) or not isinstance(density, (int, float)):
+        raise ValueError(f"density must be a number in (0, 1], got {density!r}")
     if not (0.0 < density <= 1.0):
         raise ValueError(f"density must be in (0, 1], got {density}")
     return max(1, math.floor(density * numel))
@@ -118,12 +134,8 @@ def select(
         if not tensors:
             raise ValueError("select: the mapping holds no tensors")
         if eligible is not None:
-            keep = eligible if not callable(eligible) else None
-            tensors = {
-                n: t
-                for n, t in tensors.items()
-                if (n in keep if keep is not None else eligible(n, t))  # type: ignore[operator]
-            }
+            rule: Any = eligible
+            tensors = _chosen("mapping", tensors, rule)
     else:
         tensors = dict(eligible_parameters(model, eligible))
     check_usable("select", iter(tensors.items()))
@@ -139,17 +151,22 @@ def select(
 
     start: list[Tensor] = []
     if theta0 is not None:
+        if not isinstance(theta0, Mapping):
+            raise TypeError(
+                f"select: theta0 must be a mapping from names to tensors, such as sf.snapshot(model), "
+                f"got {type(theta0).__name__}"
+            )
         for name in names:
             if name not in theta0:
                 raise ValueError(f"select: theta0 has no {name!r}")
             value = theta0[name]
+            check_usable("select: theta0", iter([(name, value)]))
             if value.shape != tensors[name].shape:
                 raise ValueError(
                     f"select: {name!r} has shape {tuple(tensors[name].shape)} in the model and "
                     f"{tuple(value.shape)} in theta0"
                 )
             start.append(value.detach().to(tensors[name].device))
-        check_usable("select: theta0", iter(zip(names, start, strict=True)))
 
     skip = None
     if exclude is not None:
@@ -161,6 +178,10 @@ def select(
         scores = []
         for i, name in enumerate(names):
             score = criterion(name, current[i], start[i] if start else None)
+            if not isinstance(score, Tensor):
+                raise ValueError(
+                    f"select: the criterion gave a {type(score).__name__} for {name!r}, not a tensor of scores"
+                )
             if score.shape != current[i].shape:
                 raise ValueError(
                     f"select: the criterion gave scores of shape {tuple(score.shape)} for {name!r}, "
@@ -196,6 +217,6 @@ def select(
             warnings.warn(
                 f"select: only {int(info[2])} entries moved, fewer than the {count} wanted; the other "
                 f"{int(info[4])} were filled up in order of (name, position). Train longer, lower k, or give fp32 values.",
-                stacklevel=2,
+                stacklevel=3,  # the caller of select, beyond torch.no_grad's wrapper
             )
     return support

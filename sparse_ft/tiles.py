@@ -183,7 +183,7 @@ class Support:
 
         Raises:
             KeyError: A name is not in the layout.
-            ValueError: A position is repeated or out of range.
+            ValueError: A position is no integer, repeated or out of range.
         """
         counts = np.zeros(layout.n_tiles, np.int64)
         parts: list[np.ndarray] = []
@@ -191,13 +191,15 @@ class Support:
         for i in sorted(by_ordinal):
             name = by_ordinal[i]
             raw = indices[name]
-            flat = np.sort(
-                (raw.detach().cpu().numpy() if isinstance(raw, Tensor) else np.asarray(raw))
-                .astype(np.int64)
-                .reshape(-1)
-            )
-            if not flat.size:
+            found = raw.detach().cpu().numpy() if isinstance(raw, Tensor) else np.asarray(raw)
+            if not found.size:
                 continue
+            if found.dtype.kind not in "iu":
+                raise ValueError(
+                    f"Support: positions of {name!r} must be integers, got {found.dtype}; "
+                    "from_masks takes masks"
+                )
+            flat = np.sort(found.astype(np.int64).reshape(-1))
             if flat[0] < 0 or flat[-1] >= layout.numels[i]:
                 raise ValueError(
                     f"Support: positions of {name!r} run from {flat[0]} to {flat[-1]}, "
