@@ -1,7 +1,7 @@
 """The cases: for each op its inputs, our way and the ways it is compared with.
 
-A provider is a function that does the whole job once; what must be renewed before the next run is its `reset`. The peers are
-written from their documentation; each says what it is.
+A provider is a function that does the whole job once; what must be renewed before the next run is
+its `reset`. The peers are written from their documentation; each says what it is.
 """
 
 from __future__ import annotations
@@ -112,22 +112,17 @@ def masked_adamw(shape: str, density: float, dtype: torch.dtype) -> Case:
     step, lr = torch.zeros(()), torch.tensor(1e-3, dtype=torch.float64)
     masks = _masks(weights, idx, ptr)
 
-    def adamw(**options: bool) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
-        parameters = [torch.nn.Parameter(w.clone()) for w in weights]
-        for p, g in zip(parameters, grads, strict=True):
-            p.grad = g
-        return parameters, torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, **options)
+    dense = [torch.nn.Parameter(w.clone()) for w in weights]
+    for parameter, gradient in zip(dense, grads, strict=True):
+        parameter.grad = gradient
+    optimizer = torch.optim.AdamW(dense, lr=1e-3, weight_decay=0.0, fused=True)
 
-    dense: dict[str, tuple[list[torch.nn.Parameter], torch.optim.AdamW]] = {}
-
-    def dense_step(kind: str, masked: bool) -> Callable[[], object]:
+    def dense_step(*, fused: bool, masked: bool) -> Callable[[], object]:
         def run() -> object:
-            if kind not in dense:
-                dense.clear()
-                dense[kind] = adamw(**({"fused": True} if kind == "fused" else {"foreach": False}))
-            parameters, optimizer = dense[kind]
+            # One optimizer serves all peers: both kinds of step have the same state.
+            optimizer.param_groups[0].update(fused=fused, foreach=False)
             if masked:
-                for p, mask in zip(parameters, masks, strict=True):
+                for p, mask in zip(dense, masks, strict=True):
                     assert p.grad is not None
                     p.grad.mul_(mask)
             return optimizer.step()
@@ -138,19 +133,18 @@ def masked_adamw(shape: str, density: float, dtype: torch.dtype) -> Case:
         return ops.masked_adamw_(ours_weights, idx, ptr, grads, *state, theta0, step, lr=lr)
 
     def verify() -> None:
-        few = [t[:1000].clone() if t.dim() else t for t in (weights[0].view(-1),)]
-        sub_idx, sub_ptr = ops.select_random(few, k=100, seed=1)
-        parameter = torch.nn.Parameter(few[0].float().clone())
-        mask = _masks(few, sub_idx, sub_ptr)[0]
-        gradient = grads[0].view(-1)[:1000].float()
-        optimizer = torch.optim.AdamW([parameter], lr=1e-3, weight_decay=0.0)
-        mine = [few[0].float().clone()]
+        """Three steps of 1,000 entries beside torch's AdamW on masked gradients."""
+        start = [weights[0].view(-1)[:1000].float().clone()]
+        mine, gradient = [start[0].clone()], grads[0].view(-1)[:1000].float().clone()
+        few_idx, few_ptr = ops.select_random(start, k=100, seed=1)
         small = [torch.zeros(100) for _ in range(3)]
-        start, count = _gather(mine, sub_idx, sub_ptr), torch.zeros(())
+        parameter = torch.nn.Parameter(start[0].clone())
+        parameter.grad = gradient * _masks(start, few_idx, few_ptr)[0]
+        peer = torch.optim.AdamW([parameter], lr=1e-3, weight_decay=0.0)
+        first, count = _gather(start, few_idx, few_ptr), torch.zeros(())
         for _ in range(3):
-            parameter.grad = gradient * mask
-            optimizer.step()
-            ops.masked_adamw_(mine, sub_idx, sub_ptr, [gradient], *small, start, count, lr=1e-3)
+            peer.step()
+            ops.masked_adamw_(mine, few_idx, few_ptr, [gradient], *small, first, count, lr=1e-3)
         assert torch.allclose(mine[0], parameter.detach(), rtol=1e-6, atol=1e-8)
 
     bytes_moved = OPS["masked_adamw_"].bytes_moved(ours_weights, idx, ptr, None, grads)
@@ -160,9 +154,9 @@ def masked_adamw(shape: str, density: float, dtype: torch.dtype) -> Case:
         bytes_moved,
         {
             "sparse_ft": ours,
-            "torch fused AdamW, unmasked": dense_step("fused", False),
-            "gradient × mask, torch fused AdamW": dense_step("fused", True),
-            "gradient × mask, torch default AdamW": dense_step("default", True),
+            "fused AdamW, unmasked": dense_step(fused=True, masked=False),
+            "gradient × mask, fused AdamW": dense_step(fused=True, masked=True),
+            "gradient × mask, default AdamW": dense_step(fused=False, masked=True),
         },
         verify,
     )
@@ -170,7 +164,7 @@ def masked_adamw(shape: str, density: float, dtype: torch.dtype) -> Case:
 
 @_case
 def compose(shape: str, density: float, dtype: torch.dtype) -> Case:
-    """Putting one sparse fine-tuning on a model, with what is needed to take it off again exactly."""
+    """Putting one sparse fine-tuning on a model, ready to be taken off again exactly."""
     weights = _model(shape, dtype, 0)
     start = [w.clone() for w in weights]
     n = sum(_numels(weights))

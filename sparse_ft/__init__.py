@@ -1,4 +1,5 @@
-"""Lottery-ticket sparse fine-tuning: select the entries that matter, tune only those, add the differences up.
+"""Lottery-ticket sparse fine-tuning: select the entries that matter, tune only those, add the
+differences up.
 
 theta0 = sf.snapshot(model)
 support = sf.select(model, theta0, density=0.028)

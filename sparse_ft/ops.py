@@ -1,6 +1,7 @@
 """The kernel layer as the public low-level API: whole-model ops on selected entries.
 
-Everything here comes from `sparse_ft_kernels`; docs/ops.md describes each op, csrc/sparse_ft.h its arithmetic.
+Everything here comes from `sparse_ft_kernels`; docs/ops.md describes each op, csrc/sparse_ft.h its
+arithmetic.
 """
 
 from sparse_ft_kernels import (

@@ -43,7 +43,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` gives NaN (integers: the largest), so that an output left unwritten cannot pass."""
+    """`torch.empty` gives NaN (integers: the largest), so that an output left unwritten cannot
+    pass.
+    """
     empty = torch.empty
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""What the op tests share: models of awkward shapes, and slow independent versions of the ops in numpy."""
+"""What the op tests share: models of awkward shapes, and slow independent versions of the ops in
+numpy.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor
 TILE = 65536
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Every edge of the tile: empty, single, one short of a tile, exact, one over, several, more than one dimension, a scalar.
+# Every edge of the tile: empty, single, one short of a tile, exact, one over, several, more than
+# one dimension, a scalar.
 MODELS: dict[str, list[tuple[int, ...]]] = {
     "empty": [],
     "no-elements": [(0,), (0, 5)],
@@ -87,7 +90,9 @@ def assert_bits(found: Tensor, expected: Tensor, what: str = "") -> None:
 
 
 def ulps(found: Tensor, expected: np.ndarray) -> np.ndarray:
-    """Distance of fp32 values from fp64 ones, in units of the last place of the fp32 value expected."""
+    """Distance of fp32 values from fp64 ones, in units of the last place of the fp32 value
+    expected.
+    """
     target = expected.astype(np.float32)
     return np.abs(found.double().numpy() - expected) / np.spacing(np.abs(target)).astype(np.float64)
 

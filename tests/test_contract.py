@@ -1,4 +1,6 @@
-"""The contract: torch's own checks of every op, torch.compile, backends, and arguments that must be refused."""
+"""The contract: torch's own checks of every op, torch.compile, backends, and arguments that must be
+refused.
+"""
 
 import re
 

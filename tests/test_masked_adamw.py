@@ -1,4 +1,6 @@
-"""masked_adamw_ against fp64 arithmetic and torch's own AdamW; what is not selected keeps its bits."""
+"""masked_adamw_ against fp64 arithmetic and torch's own AdamW; what is not selected keeps its
+bits.
+"""
 
 import math
 
@@ -141,7 +143,8 @@ def test_torch_adamw_with_masked_gradients(backend, weight_decay):
     # torch rounds the weight itself ten times, we round the distance: a few ulps of the weight.
     distance = (found - expected).abs().numpy()
     assert (distance <= 16 * np.spacing(np.maximum(np.abs(expected.numpy()), 1e-2))).all()
-    # torch may fuse the multiplication and addition of the second moment: one rounding less, ten times.
+    # torch may fuse the multiplication and addition of the second moment: one rounding less, ten
+    # times.
     second = take([optimizer.state[p]["exp_avg_sq"] for p in dense], state.chosen)
     assert (ulps(state.exp_avg_sq, second.double().numpy()) <= 10).all()
 

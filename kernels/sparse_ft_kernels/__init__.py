@@ -1,6 +1,9 @@
-"""The kernel layer of sparse_ft: whole-model ops on selected entries, with several backends under one contract."""
+"""The kernel layer of sparse_ft: whole-model ops on selected entries, with several backends under
+one contract.
+"""
 
-from . import dispatch as _dispatch  # noqa: F401  (registers the ops with torch before ops.py looks them up)
+# Registers the ops with torch before ops.py looks them up.
+from . import dispatch as _dispatch  # noqa: F401
 from .contract import NonFiniteError, TooFewError
 from .dispatch import BackendError, explain
 from .ops import (

@@ -1,6 +1,7 @@
-"""The contract of every op: schema (with its mutated arguments), argument checks, fake version and bytes moved.
+"""The contract of every op: schema, argument checks, fake version and bytes moved.
 
-A backend may rely on everything that a check has established. What an op computes is defined by `reference.py`.
+A backend may rely on everything that a check has established. What an op computes is defined by
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class NonFiniteError(ValueError):
         self.tile = tile
         self.ordinal = ordinal
         super().__init__(
-            f"select_topk: tensor {ordinal} (tile {tile}) holds NaN or infinity, so its entries cannot be ranked; "
+            f"select_topk: tensor {ordinal} (tile {tile}) holds NaN or infinity, so its entries "
+            "cannot be ranked; "
             "repair or exclude it"
         )
 
@@ -86,7 +88,7 @@ def _op(
     return register
 
 
-# --- argument checks -------------------------------------------------------------------------------------------------
+# --- argument checks ------------------------------------------------------------------------------
 
 
 def describe_unusable(tensor: object) -> str | None:
@@ -104,7 +106,10 @@ def describe_unusable(tensor: object) -> str | None:
     if tensor.device.type == "meta":
         return "is on the meta device and holds no data; materialise it first"
     if not tensor.is_contiguous():
-        return f"is not contiguous (shape {tuple(tensor.shape)}, stride {tensor.stride()}); call contiguous() first"
+        return (
+            f"is not contiguous (shape {tuple(tensor.shape)}, stride {tensor.stride()}); "
+            "call contiguous() first"
+        )
     return None
 
 
@@ -127,7 +132,8 @@ def _check_alike(op: str, name: str, tensors: Tensors, like_name: str, like: Ten
     for i, (tensor, other) in enumerate(zip(tensors, like, strict=True)):
         if tensor.shape != other.shape:
             raise ValueError(
-                f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, {like_name}[{i}] has {tuple(other.shape)}"
+                f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, {like_name}[{i}] has "
+                f"{tuple(other.shape)}"
             )
         if tensor.device != other.device:
             raise ValueError(
@@ -150,7 +156,8 @@ def _check_vector(
 ) -> None:
     if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous():
         raise ValueError(
-            f"{op}: {name} must be a contiguous {dtype} vector, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f"{op}: {name} must be a contiguous {dtype} vector, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}"
         )
     if length is not None and tensor.shape[0] != length:
         raise ValueError(f"{op}: {name} must hold {length} values, got {tensor.shape[0]}")
@@ -163,7 +170,8 @@ def _check_scalar(
 ) -> None:
     if tensor.dtype != dtype or tensor.numel() != 1:
         raise ValueError(
-            f"{op}: {name} must be one {dtype} value, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f"{op}: {name} must be one {dtype} value, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}"
         )
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, the other arguments on {device}")
@@ -191,13 +199,13 @@ def _dense_bytes(tensors: Tensors) -> int:
 
 
 def touched_bytes(numel: int, nnz: int, width: int, line: int = 64) -> int:
-    """Bytes of memory lines that nnz entries, uniformly at random among numel of `width` bytes, touch on average."""
+    """Bytes of the memory lines that nnz of numel values, chosen at random, touch on average."""
     if not numel:
         return 0
     return round(numel * width * (1.0 - (1.0 - min(1.0, nnz / numel)) ** (line // width)))
 
 
-# --- selection -------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 def _check_exclude(
@@ -232,7 +240,8 @@ def _fake_select(a: Tensors, k: int, ties_all: bool) -> tuple[Tensor, Tensor, Te
 
 
 @_op(
-    "select_topk(Tensor[] a, Tensor[] b, int k, Tensor? exclude_idx, Tensor? exclude_ptr, bool ties_all)"
+    "select_topk(Tensor[] a, Tensor[] b, int k, Tensor? exclude_idx, Tensor? exclude_ptr, bool "
+    "ties_all)"
     " -> (Tensor, Tensor, Tensor)",
     fake=lambda a, b, k, exclude_idx, exclude_ptr, ties_all: _fake_select(a, k, ties_all),
     bytes_moved=lambda a, b, k, *_: _dense_bytes(a) + _dense_bytes(b) + 2 * k,
@@ -269,7 +278,7 @@ def _select_random(
     _check_k("select_random", k, sum(numels), exclude_idx)
 
 
-# --- the optimizer step ----------------------------------------------------------------------------------------------
+# --- the optimizer step ---------------------------------------------------------------------------
 
 
 def _check_grads(op: str, grads: Tensors, numels: Sequence[int]) -> None:
@@ -285,8 +294,8 @@ def _check_grads(op: str, grads: Tensors, numels: Sequence[int]) -> None:
 
 
 @_op(
-    "gather(Tensor[] grads, int[] numels, Tensor idx, Tensor ptr, Tensor(a!) out, Tensor? grad_scale,"
-    " bool accumulate, Tensor? delta, float l1) -> (Tensor, Tensor)",
+    "gather(Tensor[] grads, int[] numels, Tensor idx, Tensor ptr, Tensor(a!) out,"
+    " Tensor? grad_scale, bool accumulate, Tensor? delta, float l1) -> (Tensor, Tensor)",
     fake=lambda grads, numels, idx, ptr, out, *_: (
         torch.empty(1, dtype=torch.float64, device=out.device),
         torch.empty(1, dtype=torch.float32, device=out.device),
@@ -335,8 +344,8 @@ def _check_number(op: str, name: str, value: float, low: float, below: float = m
 
 @_op(
     "masked_adamw_(Tensor(a!)[] weights, Tensor idx, Tensor ptr, Tensor? grad, Tensor[] grads,"
-    " Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) delta, Tensor theta0, Tensor(e!) step, Tensor lr,"
-    " float beta1, float beta2, float eps, float weight_decay, float l1,"
+    " Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) delta, Tensor theta0, Tensor(e!) step,"
+    " Tensor lr, float beta1, float beta2, float eps, float weight_decay, float l1,"
     " Tensor? grad_scale, Tensor? found_inf, Tensor? clip) -> ()",
     fake=lambda *_: None,
     bytes_moved=lambda weights, idx, ptr, grad, grads, *_: (
@@ -421,12 +430,13 @@ def _anchor_l1(grads: Tensors, weights: Tensors, anchors: Tensors, coeff: float)
         _check_grads("anchor_l1_", grads, _numels(weights))
         if grads[0].device != weights[0].device:
             raise ValueError(
-                f"anchor_l1_: the gradients are on {grads[0].device}, the weights on {weights[0].device}"
+                f"anchor_l1_: the gradients are on {grads[0].device}, the weights on "
+                f"{weights[0].device}"
             )
     _check_number("anchor_l1_", "coeff", coeff, 0.0)
 
 
-# --- composition -----------------------------------------------------------------------------------------------------
+# --- composition ----------------------------------------------------------------------------------
 
 
 def _check_deltas(
@@ -474,7 +484,8 @@ def _compose_bytes(weights: Tensors, idx: Tensors, *_: Any) -> int:
 
 
 @_op(
-    "compose_(Tensor(a!)[] weights, Tensor[] idx, Tensor[] ptr, Tensor[] val, float[] alphas, Tensor(b!)[] undo)"
+    "compose_(Tensor(a!)[] weights, Tensor[] idx, Tensor[] ptr, Tensor[] val, float[] alphas, "
+    "Tensor(b!)[] undo)"
     " -> Tensor",
     fake=lambda weights, *_: torch.empty(2, dtype=torch.int64, device=_device(weights)),
     bytes_moved=_compose_bytes,
@@ -518,7 +529,8 @@ def _fake_merge(lengths: Tensor, idx: Tensors, *_: Any) -> tuple[Tensor, Tensor,
 
 
 @_op(
-    "merge(Tensor lengths, Tensor[] idx, Tensor[] ptr, Tensor[] val, float[] alphas) -> (Tensor, Tensor, Tensor)",
+    "merge(Tensor lengths, Tensor[] idx, Tensor[] ptr, Tensor[] val, float[] alphas) -> (Tensor, "
+    "Tensor, Tensor)",
     fake=_fake_merge,
     bytes_moved=lambda lengths, idx, ptr, val, alphas: 2 * sum(i.numel() * 6 for i in idx),
 )
@@ -530,7 +542,8 @@ def _merge(
 
 
 @_op(
-    "overlap(Tensor idx_a, Tensor ptr_a, Tensor val_a, Tensor idx_b, Tensor ptr_b, Tensor val_b) -> (Tensor, Tensor)",
+    "overlap(Tensor idx_a, Tensor ptr_a, Tensor val_a, Tensor idx_b, Tensor ptr_b, Tensor val_b) "
+    "-> (Tensor, Tensor)",
     fake=lambda idx_a, ptr_a, *_: (
         torch.empty(ptr_a.shape[0] - 1, 2, dtype=torch.int64, device=idx_a.device),
         torch.empty(ptr_a.shape[0] - 1, 3, dtype=torch.float64, device=idx_a.device),
@@ -548,7 +561,7 @@ def _overlap(
     _check_deltas("overlap", [idx_a, idx_b], [ptr_a, ptr_b], tiles, idx_a.device, [val_a, val_b])
 
 
-# --- identity and validity -------------------------------------------------------------------------------------------
+# --- identity and validity ------------------------------------------------------------------------
 
 
 @_op(

@@ -1,7 +1,9 @@
-"""Which backend serves which op: the order per device, the override, the reasons, and the registration with torch.
+"""Which backend serves which op: the order per device, the override, the reasons, and the
+registration with torch.
 
-`SPARSE_FT_BACKEND=name` forces one backend and then never falls back. Without it the first backend of the device's order
-that can serve is taken; a failure inside a backend is raised, never papered over by the next one.
+`SPARSE_FT_BACKEND=name` forces one backend and then never falls back. Without it the first backend
+of the device's order that can serve is taken; a failure inside a backend is raised, never papered
+over by the next one.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def _resolve(op: str, device_type: str, forced: str) -> Callable[..., Any]:
     device = torch.device(device_type)
     if forced and forced not in BACKENDS:
         raise BackendError(
-            f"{ENVIRONMENT}={forced!r}: there is no such backend; choose among {', '.join(BACKENDS)}"
+            f"{ENVIRONMENT}={forced!r}: there is no such backend; choose among "
+            f"{', '.join(BACKENDS)}"
         )
     tried = []
     for name in (forced,) if forced else ORDER.get(device_type, FALLBACK):
@@ -90,7 +93,7 @@ def _device_type(arguments: tuple[Any, ...]) -> str:
         if isinstance(argument, Tensor):
             return argument.device.type
         if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
-            return argument[0].device.type  # type: ignore[no-any-return]
+            return argument[0].device.type
     return "cpu"
 
 

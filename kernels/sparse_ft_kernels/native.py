@@ -1,4 +1,6 @@
-"""Backend `cpu`: loads the C++ library built from csrc/ through ctypes and calls it on CPU tensors."""
+"""Backend `cpu`: loads the C++ library built from csrc/ through ctypes and calls it on CPU
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +185,7 @@ def _workspace(size: int) -> Tensor:
     return torch.empty(max(1, size), dtype=torch.uint8)
 
 
-# --- selection -------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 def select_topk(
@@ -263,7 +265,7 @@ def select_random(
     return idx, ptr
 
 
-# --- the optimizer step ----------------------------------------------------------------------------------------------
+# --- the optimizer step ---------------------------------------------------------------------------
 
 
 def gather(
@@ -336,7 +338,7 @@ def anchor_l1_(grads: Tensors, weights: Tensors, anchors: Tensors, coeff: float)
     return total
 
 
-# --- composition -----------------------------------------------------------------------------------------------------
+# --- composition ----------------------------------------------------------------------------------
 
 
 def compose_(
@@ -408,7 +410,7 @@ def overlap(
     return counts, dots
 
 
-# --- identity and validity -------------------------------------------------------------------------------------------
+# --- identity and validity ------------------------------------------------------------------------
 
 
 def digest(weights: Tensors, idx: Tensor, ptr: Tensor) -> Tensor:

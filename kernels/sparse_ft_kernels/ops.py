@@ -1,8 +1,9 @@
 """The public ops: what each does, on whole models at once.
 
-A model is a list of tensors in canonical order (by name). A set of selected entries is `idx` (uint16, offset inside its
-tile of 65,536 elements, ascending there) and `ptr` (int64, first entry of each tile). The formulas, to the last
-rounding, are in `csrc/sparse_ft.h`; `reference.py` is the definition in plain torch.
+A model is a list of tensors in canonical order (by name). A set of selected entries is `idx`
+(uint16, offset inside its tile of 65,536 elements, ascending there) and `ptr` (int64, first entry
+of each tile). The formulas, to the last rounding, are in `csrc/sparse_ft.h`; `reference.py` is the
+definition in plain torch.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ def select_topk(
         b: Tensors of the same shapes, or nothing: then |a| is ranked.
         k: Entries to choose, 0 … all eligible ones.
         exclude: idx and ptr of entries that must not be chosen.
-        tie: "index" chooses exactly k, the lower (tensor, offset) first among equals; "all" chooses every entry that
-            reaches the threshold, as the LT-SFT reference implementation does, so possibly more than k.
+        tie: "index" chooses exactly k, the lower (tensor, offset) first among equals; "all" chooses
+            every entry that reaches the threshold, as the LT-SFT reference implementation does, so
+            possibly more than k.
 
     Returns:
-        idx uint16 [nnz], ptr int64 [tiles + 1], and info int64 [8] on the CPU: bits of the threshold, nnz, entries
-        above the threshold, entries tied at it, of those chosen, −1, whether the exact fallback ran, eligible entries.
+        idx uint16 [nnz], ptr int64 [tiles + 1], and info int64 [8] on the CPU: bits of the
+        threshold, nnz, entries above the threshold, entries tied at it, of those chosen, −1,
+        whether the exact fallback ran, eligible entries.
 
     Raises:
         NonFiniteError: A score is NaN or infinite; it names the tensor's position.
@@ -89,7 +92,8 @@ def gather(
     out = (out if accumulate else 0) + g[idx], then out = out / grad_scale + l1 · sign(delta).
 
     Args:
-        grads: Dense gradients, an empty tensor for a missing one; an empty list to finish `out` only.
+        grads: Dense gradients, an empty tensor for a missing one; an empty list to finish `out`
+            only.
         numels: Elements of each tensor.
         idx: uint16 [nnz].
         ptr: int64 [tiles + 1].
@@ -100,7 +104,8 @@ def gather(
         l1: λ/N, ≥ 0.
 
     Returns:
-        Squared norm of `out` (fp64 [1], one fixed order of summation), and 1.0 where an entry is not finite (fp32 [1]).
+        Squared norm of `out` (fp64 [1], one fixed order of summation), and 1.0 where an entry is
+        not finite (fp32 [1]).
     """
     return _OPS.gather(  # type: ignore[no-any-return]
         list(grads), list(numels), idx, ptr, out, grad_scale, accumulate, delta, l1
@@ -129,8 +134,9 @@ def masked_adamw_(
 ) -> None:
     """One AdamW step of the selected entries of a model; every other entry keeps its bits.
 
-    The state of an entry is its distance δ from the start θ0, in fp32; the weight is always round(θ0 + δ). The update is
-    that of `torch.optim.AdamW` (Loshchilov and Hutter, 2019): decoupled decay, ε outside the square root.
+    The state of an entry is its distance δ from the start θ0, in fp32; the weight is always
+    round(θ0 + δ). The update is that of `torch.optim.AdamW` (Loshchilov and Hutter, 2019):
+    decoupled decay, ε outside the square root.
 
     Args:
         weights: Tensors of one data type, changed in place at the selected entries.
@@ -165,10 +171,11 @@ def masked_adamw_(
 def anchor_l1_(
     grads: Sequence[Tensor], weights: Sequence[Tensor], anchors: Sequence[Tensor], coeff: float
 ) -> Tensor:
-    """Adds coeff · sign(w − anchor) to dense gradients, in one pass, and returns the sum of |w − anchor|.
+    """Adds coeff · sign(w − anchor) to dense gradients and sums |w − anchor|, in one pass.
 
     Args:
-        grads: Dense gradients, changed in place; an empty tensor where there is none; an empty list for the sum only.
+        grads: Dense gradients, changed in place; an empty tensor where there is none; an empty list
+            for the sum only.
         weights: The weights now.
         anchors: The weights at the start.
         coeff: λ/N, ≥ 0.
@@ -187,7 +194,9 @@ def compose_(
     alphas: Sequence[float],
     undo: Sequence[Tensor] = (),
 ) -> Tensor:
-    """w = round(w + Σ α·φ), the sum in fp32 in the order given, one rounding; an entry whose sum is 0 keeps its bits.
+    """w = round(w + Σ α·φ): the sum in fp32 in the order given, and one rounding.
+
+    An entry whose sum is 0 keeps its bits.
 
     Args:
         weights: Tensors of one data type, changed in place.
@@ -195,8 +204,8 @@ def compose_(
         ptr: One int64 [tiles + 1] per delta, all over the tiles of `weights`.
         val: One vector per delta (fp32, bf16 or fp16).
         alphas: One finite weight per delta.
-        undo: One vector per delta in the data type of the weights, which receives the untouched weights first;
-            empty: no undo.
+        undo: One vector per delta in the data type of the weights, which receives the untouched
+            weights first; empty: no undo.
 
     Returns:
         int64 [2]: entries changed, and of those the entries whose weight swallowed the change.
@@ -239,17 +248,18 @@ def overlap(
     """Per tile, what two deltas have in common.
 
     Returns:
-        int64 [tiles, 2]: entries in both, and of those with equal sign; fp64 [tiles, 3]: Σab, Σa², Σb² over the entries
-        in both.
+        int64 [tiles, 2]: entries in both, and of those with equal sign; fp64 [tiles, 3]: Σab, Σa²,
+        Σb² over the entries in both.
     """
     return _OPS.overlap(idx_a, ptr_a, val_a, idx_b, ptr_b, val_b)  # type: ignore[no-any-return]
 
 
 def digest(weights: Sequence[Tensor], idx: Tensor, ptr: Tensor) -> Tensor:
-    """Two order-free 64-bit sums over (position, value) of the selected weights: by fp32 bits and by bf16 bits.
+    """Two order-free 64-bit sums over position and value of the selected weights.
 
     Returns:
-        int64 [2] (the bits of two uint64). It tells one base model from another; it is no cryptographic guarantee.
+        int64 [2] (the bits of two uint64): by fp32 bits, by bf16 bits. It tells one base
+        model from another; it is no cryptographic guarantee.
     """
     return _OPS.digest(list(weights), idx, ptr)  # type: ignore[no-any-return]
 
@@ -258,7 +268,9 @@ def check_support(lengths: Tensor, idx: Tensor, ptr: Tensor, val: Tensor | None 
     """The first fault of a set of selected entries.
 
     Returns:
-        int64 [4]: code, tile, entry, explicit zeros among the values. Codes: 0 none; 1 `ptr` does not run from 0 to nnz;
-        2 `ptr` decreases or exceeds a tile; 3 `idx` not ascending; 4 `idx` beyond its tile; 5 a value is not finite.
+        int64 [4]: code, tile, entry, explicit zeros among the values. Codes: 0 none; 1 `ptr` does
+            not run from 0 to nnz;
+        2 `ptr` decreases or exceeds a tile; 3 `idx` not ascending; 4 `idx` beyond its tile; 5 a
+        value is not finite.
     """
     return _OPS.check_support(lengths, idx, ptr, val)  # type: ignore[no-any-return]

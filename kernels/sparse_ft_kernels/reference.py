@@ -1,7 +1,7 @@
-"""Backend `reference`: every op in plain torch, on any device. It is the definition that the others must match.
+"""Backend `reference`: every op in plain torch, on any device: the definition.
 
-Nothing here is tuned. What is deliberate is the order of every floating-point operation, since the other backends
-reproduce it bit for bit.
+Nothing here is tuned. What is deliberate is the order of every floating-point operation, since the
+other backends reproduce it bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-# --- positions -------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def _offsets(idx: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _positions(numels: Sequence[int], idx: Tensor, ptr: Tensor) -> list[tuple[sl
 
 
 def _lane_sums(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """Sum of float64 values per run: lane e % 16 adds in order, the lanes are then halved; runs are added in order."""
+    """Sum of float64 values: lane e % 16 of each run in order, lanes halved, runs in order."""
     total = torch.zeros(1, dtype=torch.float64, device=values.device)
     start = 0
     for count in counts:
@@ -67,7 +67,7 @@ def _lane_sums(values: Tensor, counts: Sequence[int]) -> Tensor:
     return total
 
 
-# --- selection -------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 def _magnitude_key(a: Tensor, b: Tensor | None) -> Tensor:
@@ -87,7 +87,7 @@ def _select(
     device: torch.device,
     finite: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact selection by radix over the 31 bits of the key, holding the keys of one tensor at a time."""
+    """Exact selection by radix over the 31 bits of the key, one tensor's keys at a time."""
     excluded = (
         _positions(numels, exclude_idx, exclude_ptr)
         if exclude_idx is not None and exclude_ptr is not None
@@ -113,7 +113,8 @@ def _select(
     if k == 0:
         return torch.empty(0, dtype=torch.uint16, device=device), ptr, info
 
-    # Three digits of 11, 10 and 10 bits; `above` counts the keys that are certainly larger than the threshold.
+    # Three digits of 11, 10 and 10 bits; `above` counts the keys that are certainly larger than the
+    # threshold.
     threshold, above = 0, 0
     high = 31
     for bits in (11, 10, 10):
@@ -207,7 +208,7 @@ def select_random(
     return idx, ptr
 
 
-# --- the optimizer step ----------------------------------------------------------------------------------------------
+# --- the optimizer step ---------------------------------------------------------------------------
 
 
 def _read(tensors: Tensors, numels: Sequence[int], idx: Tensor, ptr: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ def gather(
     delta: Tensor | None,
     l1: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compact gradient of the selected entries, its squared norm, and whether an entry is not finite."""
+    """Compact gradient of the selected entries, its squared norm, and its finiteness."""
     if grads:
         read = _read(grads, numels, idx, ptr)
         out.copy_(out + read if accumulate else read)
@@ -317,7 +318,7 @@ def anchor_l1_(grads: Tensors, weights: Tensors, anchors: Tensors, coeff: float)
     return total
 
 
-# --- composition -----------------------------------------------------------------------------------------------------
+# --- composition ----------------------------------------------------------------------------------
 
 
 def compose_(
@@ -409,11 +410,11 @@ def overlap(
     return counts, dots
 
 
-# --- identity and validity -------------------------------------------------------------------------------------------
+# --- identity and validity ------------------------------------------------------------------------
 
 
 def digest(weights: Tensors, idx: Tensor, ptr: Tensor) -> Tensor:
-    """Order-free sums mod 2^64 over (position, bits) of the selected weights: fp32 bits, bfloat16 bits."""
+    """Sums mod 2^64 over (position, bits) of the selected weights: fp32 bits, bf16 bits."""
     numels = [t.numel() for t in weights]
     base = torch.arange(n_tiles(numels), device=idx.device) * TILE
     position = _offsets(idx) + torch.repeat_interleave(base, ptr[1:] - ptr[:-1]) + 1
@@ -425,7 +426,7 @@ def digest(weights: Tensors, idx: Tensor, ptr: Tensor) -> Tensor:
 
 
 def check_support(lengths: Tensor, idx: Tensor, ptr: Tensor, val: Tensor | None) -> Tensor:
-    """First fault of a support: (code, tile, entry, explicit zeros); the codes are those of csrc/sparse_ft.h."""
+    """First fault of a support: code (as in csrc/sparse_ft.h), tile, entry, explicit zeros."""
     nnz, tiles = idx.shape[0], lengths.shape[0]
     bounds = ptr.tolist()
     if bounds[0] != 0:

@@ -15,13 +15,14 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class TileTable:
     """Per tile of a list of tensors: base address, length and data type.
 
-    Tensors are cut in the order given, flat and row-major, into tiles of `TILE` elements; the last tile of a tensor is
-    short and none spans two tensors. The table holds addresses, not the tensors: it is valid while they live.
+    Tensors are cut in the order given, flat and row-major, into tiles of `TILE` elements; the last
+    tile of a tensor is short and none spans two tensors. The table holds addresses, not the
+    tensors: it is valid while they live.
 
     Args:
         tensors: Contiguous tensors on one device.
-        numels: Elements of each; needed where a tensor may be absent (an empty tensor that stands for numel zeros:
-            its tiles have base 0).
+        numels: Elements of each; needed where a tensor may be absent (an empty tensor that stands
+            for numel zeros: its tiles have base 0).
     """
 
     __slots__ = ("base", "dtype", "length", "n")
@@ -49,7 +50,7 @@ _CACHE_SIZE = 64
 
 
 def tile_table(tensors: Sequence[Tensor], numels: Sequence[int] | None = None) -> TileTable:
-    """The tile table of a list of tensors, rebuilt only when an address, a size or a data type has changed."""
+    """The tile table of some tensors, rebuilt only when an address, size or data type changed."""
     key: tuple[object, ...] = (
         *((t.data_ptr(), t.dtype) for t in tensors),
         tuple(numels) if numels is not None else tuple(t.numel() for t in tensors),
