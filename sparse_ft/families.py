@@ -39,6 +39,16 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """The further names of tied parameters, by the name that `named_parameters` gives them."""
+    first = {id(p): name for name, p in named_parameters(model).items()}
+    further: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (own := first[id(parameter)]) != name:
+            further.setdefault(own, []).append(name)
+    return further
+
+
 def check_usable(what: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
     """Refuse tensors that the kernels cannot work on, by name.
 

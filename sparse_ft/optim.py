@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparse_ft_kernels import gather, masked_adamw_
-from sparse_ft_kernels.contract import describe_unusable
 
 from .delta import SparseDelta
+from .families import aliases, unusable
 from .tiles import Layout, Support
 
 __all__ = ["MaskedAdamW"]
@@ -96,6 +98,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             hyper-parameter is out of range.
     """
 
+    # GradScaler hands its scale over and lets the step divide by it, without a synchronisation.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: NamedParameters,
@@ -116,6 +121,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(f'MaskedAdamW: gather must be "step" or "hook", got {gather!r}')
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"MaskedAdamW: max_grad_norm must be positive, got {max_grad_norm}")
+        if l1_numel is not None and not l1_numel > 0:
+            raise ValueError(f"MaskedAdamW: l1_numel must be positive, got {l1_numel}")
         self.support = support
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
@@ -124,13 +131,16 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._hooked = gather == "hook"
         self._units: list[tuple[dict[str, Any], _Unit]] = []
         self._hooks: list[RemovableHandle] = []
-        self._seen: dict[str, nn.Parameter] = {}
-        self._frozen_numel = 0
-        # GradScaler hands its scale over and lets the step divide by it, without a synchronisation.
-        self._step_supports_amp_scaling = True
+        # Trainable parameters without a selected entry, whose gradients the hooks only free.
+        self._idle: list[nn.Parameter] = []
+        # Elements of every parameter given, frozen ones included.
+        self._numels: dict[str, int] = {}
+        self._l1_numel = l1_numel
+        self._aliases: dict[str, list[str]] = {}
         if isinstance(params, nn.Module):
+            self._aliases = aliases(params)
             params = params.named_parameters()
-        groups = list(params)
+        groups: list[Any] = list(params)
         if not groups:
             raise ValueError("MaskedAdamW: no parameters given")
         if not isinstance(groups[0], dict):
@@ -143,7 +153,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             "l1": l1,
         }
         super().__init__(groups, defaults)
-        missing = [n for n, c in support.counts().items() if c and n not in self._seen]
+        missing = [n for n, c in support.counts().items() if c and n not in self._numels]
         if missing:
             raise ValueError(
                 f"MaskedAdamW: the support selects entries of {missing[0]!r}, which is not among the parameters given"
@@ -152,7 +162,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(
                 "MaskedAdamW: nothing to tune: no entry is selected and no head is trainable"
             )
-        self.l1_numel = l1_numel or self._frozen_numel + sum(p.numel() for p in self._seen.values())
+
+    @property
+    def l1_numel(self) -> int:
+        """N of the L1 term λ/N · Σ|θ − θ0|."""
+        return sum(self._numels.values()) if self._l1_numel is None else self._l1_numel
 
     # --- construction -------------------------------------------------------------------------------------------
 
@@ -168,18 +182,33 @@ class MaskedAdamW(torch.optim.Optimizer):
         group["params"] = [(n, p) for n, p in pairs if p.requires_grad]
         settings = {**self.defaults, **group}
         _check_hyperparameters(settings)
+        owners = {
+            id(p): n
+            for g in self.param_groups
+            for n, p in zip(g["param_names"], g["params"], strict=True)
+        }
+        numels: dict[str, int] = {}
         for name, parameter in pairs:
+            if name in self._numels or name in numels:
+                raise ValueError(f"MaskedAdamW: parameter {name!r} is given twice")
+            if (owner := owners.setdefault(id(parameter), name)) != name:
+                raise ValueError(
+                    f"MaskedAdamW: {name!r} is {owner!r} under another name (tied); give it once, as "
+                    "model.named_parameters() does"
+                )
+            lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+            if (parameter.requires_grad or lazy) and (reason := unusable(parameter)):
+                raise ValueError(f"MaskedAdamW: parameter {name!r} {reason}")
+            numels[name] = parameter.numel()
             if parameter.requires_grad:
-                if reason := describe_unusable(parameter):
-                    raise ValueError(f"MaskedAdamW: parameter {name!r} {reason}")
-                if name in self._seen:
-                    raise ValueError(f"MaskedAdamW: parameter {name!r} is given twice")
-            elif name in self.support.layout and self.support.counts()[name]:
+                continue
+            if name in self.support.layout and self.support.counts()[name]:
                 raise ValueError(
                     f"MaskedAdamW: the support selects entries of {name!r}, which is frozen; "
                     "set requires_grad on it, or select without it"
                 )
-        units = self._make_units(dict(group["params"]))
+        trainable = dict(group["params"])
+        units = self._make_units(trainable)
         group["params"] = [
             *group["params"],
             *((f"entries.{len(self._units) + i}", unit.entries) for i, unit in enumerate(units)),
@@ -188,16 +217,22 @@ class MaskedAdamW(torch.optim.Optimizer):
         added = self.param_groups[-1]
         for unit in units:
             self._units.append((added, unit))
-            self.state[unit.entries] = {
-                "step": unit.step,
-                "delta": unit.delta,
-                "exp_avg": unit.exp_avg,
-                "exp_avg_sq": unit.exp_avg_sq,
-            }
-            if self._hooked:
-                self._install_hooks(unit)
-        self._seen.update(p for p in pairs if p[1].requires_grad)
-        self._frozen_numel += sum(p.numel() for _, p in pairs if not p.requires_grad)
+            self._register(unit)
+        if self._hooked:
+            tuned = {name for unit in units for name in unit.names}
+            self._idle += [p for n, p in trainable.items() if n not in tuned]
+            self._hooks += [_drop_grads(p) for n, p in trainable.items() if n not in tuned]
+        self._numels.update(numels)
+
+    def _register(self, unit: _Unit) -> None:
+        self.state[unit.entries] = {
+            "step": unit.step,
+            "delta": unit.delta,
+            "exp_avg": unit.exp_avg,
+            "exp_avg_sq": unit.exp_avg_sq,
+        }
+        if self._hooked:
+            self._install_hooks(unit)
 
     def _make_units(self, parameters: dict[str, nn.Parameter]) -> list[_Unit]:
         layout = self.support.layout
@@ -303,7 +338,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     # --- the step -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over all selected entries and heads.
 
         Args:
@@ -426,6 +461,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                 val[self.support.entries_of(name)] = unit.delta[mine].cpu()
                 base[name] = unit.theta0[mine].cpu()
                 dtypes[name] = parameter.dtype
+        tied = {n: self._aliases[n] for n in self.support.layout.names if n in self._aliases}
+        if tied:
+            meta.setdefault("aliases", tied)
         support = self.support.to("cpu")
         return SparseDelta.from_compact(
             support, val, heads=heads, base=base, base_dtypes=dtypes, meta=meta, eps=eps
@@ -441,6 +479,24 @@ class MaskedAdamW(torch.optim.Optimizer):
             )
             for _, unit in self._units
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds. Copy the model in the same call, so that both copies stay together."""
+        own = (
+            *("support", "max_grad_norm", "grad_norm", "_theta0", "_l1_heads", "_l1_numel"),
+            *("_hooked", "_units", "_idle", "_numels", "_aliases"),
+        )
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "state": {}, **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "state": defaultdict(dict), "_hooks": []})
+        for _, unit in self._units:
+            self._register(unit)
+            if unit.fresh:
+                unit.entries.grad = unit.gathered
+        if self._hooked:
+            self._hooks += [_drop_grads(p) for p in self._idle]
 
     def state_dict(self) -> dict[str, Any]:
         """State of every unit, and the groups; tensors are copies' sources, as in every torch optimizer."""
@@ -492,8 +548,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                     f"MaskedAdamW.load_state_dict: {where} has another support than the state; "
                     "build the optimizer with the support of the run that was saved"
                 )
-            for key in ("delta", "exp_avg", "exp_avg_sq"):
-                if saved[key].shape != unit.exp_avg.shape or saved[key].dtype != torch.float32:
+            for key in ("step", "delta", "theta0", "exp_avg", "exp_avg_sq"):
+                own, found = getattr(unit, key), saved.get(key)
+                if found is None or found.shape != own.shape or found.dtype != own.dtype:
                     raise ValueError(f"MaskedAdamW.load_state_dict: {where}: {key} does not fit")
             if not torch.equal(_bits(saved["theta0"].to(unit.theta0.device)), _bits(unit.theta0)):
                 raise ValueError(
@@ -501,7 +558,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                     "pass the theta0 of the run that was saved"
                 )
         for group, saved_group in zip(self.param_groups, groups, strict=True):
-            group.update(saved_group)
+            group.update(copy.deepcopy(saved_group))
         for saved, (_, unit) in zip(stored, self._units, strict=True):
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 getattr(unit, key).copy_(saved[key])
@@ -544,6 +601,16 @@ def _write(unit: _Unit) -> None:
         parameter.detach().view(-1)[unit.support.indices(name)] = values[entries].to(
             parameter.dtype
         )
+
+
+def _drop_grads(parameter: nn.Parameter) -> RemovableHandle:
+    """Frees every gradient of a parameter as soon as autograd has finished it."""
+
+    def hook(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)
+    return handle
 
 
 def _usable_grad(name: str, parameter: Tensor) -> Tensor:

@@ -253,7 +253,7 @@ class Support:
     @cached_property
     def starts(self) -> np.ndarray:
         """First entry of each tensor, and nnz at the end (int64 [len(layout) + 1])."""
-        return self.ptr.cpu().numpy()[self.layout.tile_starts]
+        return np.asarray(self.ptr.cpu().numpy()[self.layout.tile_starts])
 
     def entries_of(self, name: str) -> slice:
         """Where one tensor's entries lie in `idx` and in every array that runs beside it."""
@@ -347,8 +347,18 @@ class Support:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # torch pickles no uint16.
+        return _unpickled, (self.layout, self.idx.view(torch.int16), self.ptr, self.info)
+
     def __repr__(self) -> str:
         return (
             f"Support({self.nnz:,} of {self.layout.numel:,} entries, {self.density:.3%}, "
             f"{len(self.layout)} tensors, {self.device})"
         )
+
+
+def _unpickled(layout: Layout, idx: Tensor, ptr: Tensor, info: dict[str, float | int]) -> Support:
+    support = Support(layout, idx.view(torch.uint16), ptr, check=False)
+    support.info = dict(info)
+    return support

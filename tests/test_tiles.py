@@ -1,5 +1,8 @@
 """Layout and Support: order, tiles, and every way to make a selection or to look at one."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +168,10 @@ def test_a_support_is_an_ordinary_value(layout):
     assert support != Support.from_indices(Layout.of({**SHAPES, "z": (1,)}), {"c": [5, 70_000]})
     assert support != "support"
     assert support.to("cpu") == support
+    support.info["tied"] = 3
+    for copied in (copy.deepcopy(support), pickle.loads(pickle.dumps(support))):
+        assert copied == support
+        assert copied.info == {"tied": 3}
     assert support.density == 2 / layout.numel
     assert repr(support) == "Support(2 of 332,078 entries, 0.001%, 6 tensors, cpu)"
     assert repr(layout) == "Layout(6 tensors, 332,078 elements, 9 tiles)"
