@@ -37,7 +37,17 @@ class _Group:
     val: list[Tensor]
     alphas: list[float]
     undo: list[Tensor]
-    applied: int = 0
+    applied: bool = False
+
+
+@dataclass
+class _Head:
+    """A parameter of the model that a composition overwrites whole."""
+
+    name: str
+    parameter: Tensor
+    value: Tensor
+    before: Tensor
 
 
 class Composition:
@@ -93,11 +103,12 @@ class Composition:
         if compat == "sequential":
             self._groups = [step for group in self._groups for step in _one_by_one(group)]
         by_delta = {id(d): b for d, b in zip(deltas, bindings, strict=True)}
-        self._heads: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._heads: list[_Head] = []
         for delta in heads:
-            for name, parameter in by_delta[id(delta)].heads:
-                value = delta.heads[name].to(parameter.device, parameter.dtype)
-                self._heads.append((parameter, value, parameter.detach().clone()))
+            for own, parameter in by_delta[id(delta)].heads:
+                value = delta.heads[own].to(parameter.device, parameter.dtype)
+                name = names[id(parameter)]
+                self._heads.append(_Head(name, parameter, value, parameter.detach().clone()))
         self._apply(model)
 
     @torch.no_grad()
@@ -105,15 +116,19 @@ class Composition:
         _ACTIVE[model] = self
         try:
             for group in self._groups:
-                group.applied = 1
                 stats = compose_(
                     group.weights, group.idx, group.ptr, group.val, group.alphas, group.undo
                 )
+                group.applied = True
                 self.changed += int(stats[0])
                 self.swallowed += int(stats[1])
-            for parameter, value, _ in self._heads:
-                parameter.copy_(value)
+            for head in self._heads:
+                head.parameter.copy_(head.value)
         except BaseException:
+            for group in self._groups:
+                # An interruption may come before the op or after it. The op writes its whole log
+                # before the first weight, so a log with a gap says that no weight was written.
+                group.applied |= not any(bool(log.isnan().any()) for log in group.undo)
             self.restore()
             raise
 
@@ -126,9 +141,9 @@ class Composition:
         for group in reversed(self._groups):
             if group.applied:
                 restore_(group.weights, group.idx, group.ptr, group.undo)
-                group.applied = 0
-        for parameter, _, before in self._heads:
-            parameter.copy_(before)
+                group.applied = False
+        for head in self._heads:
+            head.parameter.copy_(head.before)
         del _ACTIVE[model]
 
     @torch.no_grad()
@@ -139,7 +154,7 @@ class Composition:
             values: Names of the model's parameters → their values while the composition is on.
 
         Returns:
-            Copies, with the values from before the composition at its entries.
+            Copies, with the values from before the composition at its entries and heads.
         """
         out = {name: value.detach().clone() for name, value in values.items()}
         for group in reversed(self._groups):
@@ -149,6 +164,9 @@ class Composition:
             ]
             restore_(weights, group.idx, group.ptr, group.undo)
             out |= {n: w for n, w in zip(group.names, weights, strict=True) if n in out}
+        for head in self._heads:
+            if head.name in out:
+                out[head.name].copy_(head.before)
         return out
 
     @property
@@ -203,7 +221,7 @@ def _make_group(
         group.ptr.append(support.ptr)
         group.val.append(val.to(device))
         group.alphas.append(float(weights[j]))
-        group.undo.append(torch.empty(support.nnz, dtype=dtype, device=device))
+        group.undo.append(torch.full((support.nnz,), torch.nan, dtype=dtype, device=device))
     return group
 
 
@@ -291,8 +309,8 @@ def compose(
     if len(alphas) != len(chosen):
         raise ValueError(f"compose: {len(alphas)} weights for {len(chosen)} deltas")
     for j, alpha in enumerate(alphas):
-        if alpha - alpha != 0:
-            raise ValueError(f"compose: weights[{j}] must be finite, got {alpha}")
+        if not abs(alpha) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"compose: weights[{j}] must be a finite fp32 number, got {alpha}")
     with_heads = [heads] if isinstance(heads, SparseDelta) else list(heads)
     for delta in with_heads:
         if not any(delta is d for d in chosen):

@@ -1,0 +1,400 @@
+"""compose on models: the same bits in any order, and every bit back whatever happens."""
+
+import copy
+import gc
+import itertools
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from oracles import DTYPES, assert_bits
+from torch import nn
+
+import sparse_ft as sf
+from sparse_ft.compose import active
+
+HEADS = ("head.weight", "head.bias")
+compose_module = sys.modules["sparse_ft.compose"]
+
+
+class Model(nn.Module):
+    """Two tiles of embedding tied to an output, further shapes, a head and a buffer."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, tied: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb = nn.Embedding(700, 100)
+        self.lin = nn.Linear(100, 30)
+        self.out = nn.Linear(100, 700, bias=False)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.none = nn.Parameter(torch.zeros(0, 4))
+        self.head = nn.Linear(30, 3)
+        self.register_buffer("steps", torch.tensor([1.0, 2.0]))
+        if tied:
+            self.out.weight = self.emb.weight
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lin(self.emb(x).mean(1))) * self.scale
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: t.detach().clone() for n, t in model.state_dict().items()}
+
+
+def pristine(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for n, t in model.state_dict().items():
+        assert_bits(t, before[n], n)
+
+
+@torch.no_grad()
+def made(model: nn.Module, seed: int, share: float = 0.1, size: float = 0.1) -> sf.SparseDelta:
+    tuned = copy.deepcopy(model)
+    g = torch.Generator().manual_seed(seed)
+    for p in tuned.parameters():
+        step = torch.randn(p.shape, generator=g) * (torch.rand(p.shape, generator=g) < share)
+        p.add_((step * size).to(p.dtype))
+    return sf.SparseDelta.between(model, tuned, heads=HEADS, role="task")
+
+
+def wanted(before, deltas, alphas, names):
+    """In the canonical order, in numpy's float32, rounded once."""
+    order = sorted(range(len(deltas)), key=lambda j: deltas[j].content_id)
+    out = {}
+    for n in names:
+        acc = np.zeros(before[n].numel(), np.float32)
+        for j in order:
+            acc[deltas[j].indices(n).numpy()] += np.float32(alphas[j]) * deltas[j].values(n).numpy()
+        flat = before[n].reshape(-1)
+        after = (flat.float() + torch.from_numpy(acc)).to(flat.dtype)
+        out[n] = torch.where(torch.from_numpy(acc != 0), after, flat).view(before[n].shape)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, -2.0]], ids=str)
+def test_the_sum_is_rounded_once_whatever_the_order(dtype, weights):
+    model = Model(dtype)
+    before = values(model)
+    deltas = [made(model, seed) for seed in range(3)]
+    alphas = weights or [1.0] * 3
+    expected = wanted(before, deltas, alphas, deltas[0].layout.names)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    for order in itertools.permutations(range(3)):
+        with sf.compose(
+            model, [deltas[j] for j in order], [alphas[j] for j in order] if weights else None
+        ) as composition:
+            for n, w in expected.items():
+                assert_bits(model.state_dict()[n], w, n)
+            for n in (*HEADS, "steps"):
+                assert_bits(model.state_dict()[n], before[n], n)
+            assert model.out.weight is model.emb.weight
+            assert [p.data_ptr() for p in model.parameters()] == addresses
+            assert active(model) is composition
+            assert "on)" in repr(composition)
+        pristine(model, before)
+        assert active(model) is None
+        assert "taken off)" in repr(composition)
+    union = set().union(*({(n, int(i)) for n, flat in d.support for i in flat} for d in deltas))
+    assert composition.changed <= len(union)
+    same = sum(int((expected[n] == before[n]).sum()) for n in expected)
+    total = sum(t.numel() for t in expected.values())
+    assert composition.changed - composition.swallowed == total - same
+    assert composition.swallowed_share == composition.swallowed / composition.changed
+
+
+def test_one_delta_and_none():
+    model = Model()
+    before = values(model)
+    delta = made(model, 1)
+    with sf.compose(model, delta):
+        one = values(model)
+    with sf.compose(model, [delta]):
+        pristine(model, one)
+    with sf.compose(model, []) as nothing:
+        pristine(model, before)
+    assert nothing.changed == 0
+    assert nothing.swallowed_share == 0.0
+    with sf.compose(model, [delta, delta]):
+        twice = values(model)
+    with sf.compose(model, delta, [2.0]):
+        pristine(model, twice)
+    with sf.compose(model, [delta, -delta]):
+        pristine(model, before)
+    with sf.compose(model, delta, [0.0]) as none:
+        pristine(model, before)
+    assert none.changed == 0
+
+
+def test_heads_come_only_on_request():
+    model = Model()
+    before = values(model)
+    task, language = made(model, 1), made(model, 2)
+    with sf.compose(model, [language, task], heads=task):
+        for n in HEADS:
+            assert_bits(model.state_dict()[n], task.heads[n], n)
+    pristine(model, before)
+    with sf.compose(model, [language, task], heads=[language]):
+        assert_bits(model.head.bias.detach(), language.heads["head.bias"])
+    with sf.compose(model, [language, task]):
+        assert_bits(model.head.bias.detach(), before["head.bias"])
+    pristine(model, before)
+    for heads, message in [
+        (made(model, 3), "not among the deltas"),
+        ([task, language], r"two deltas of heads bring the head 'head\.bias'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sf.compose(model, [language, task], heads=heads)
+    # A model without that head takes the entries, and refuses the head.
+    model.head = nn.Linear(30, 4)
+    with sf.compose(model, task):
+        pass
+    before = values(model)
+    with pytest.raises(sf.SFTError, match=r"head\.bias"):
+        sf.compose(model, task, heads=task)
+    pristine(model, before)
+    assert active(model) is None
+
+
+def test_everything_comes_back_after_an_exception():
+    model = Model()
+    before = values(model)
+    task = made(model, 1)
+
+    def fail():
+        with sf.compose(model, task, heads=task):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    pristine(model, before)
+    # Weights that were changed in the block keep the change where the composition has no entry.
+    with sf.compose(model, task), torch.no_grad():
+        model.steps.add_(1)
+    assert_bits(model.steps, before["steps"] + 1)
+
+
+@pytest.mark.parametrize("when", ["before the call", "after the call"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("compat", [None, "sequential"])
+def test_a_failure_half_way_leaves_no_trace(monkeypatch, when, error, compat):
+    model = Model()
+    model.lin.bfloat16()
+    before = values(model)
+    deltas = [made(model, 1), made(model, 2)]
+    real, calls = compose_module.compose_, []
+
+    def breaks(*args):
+        calls.append(len(args[0]))
+        if len(calls) == 2:
+            if when == "after the call":
+                real(*args)
+            raise error("stop")
+        return real(*args)
+
+    monkeypatch.setattr(compose_module, "compose_", breaks)
+    with pytest.raises(error, match="stop"):
+        sf.compose(model, deltas, heads=deltas[0], compat=compat)
+    assert len(calls) == 2
+    pristine(model, before)
+    assert active(model) is None
+    monkeypatch.undo()
+    with sf.compose(model, deltas):
+        pass
+    pristine(model, before)
+
+
+def test_a_model_carries_one_composition():
+    model, other = Model(), Model()
+    before = values(model)
+    delta = made(model, 1)
+    first = sf.compose(model, delta)
+    composed = values(model)
+    with pytest.raises(RuntimeError, match=r"Composition\(1 deltas.* is on this model already"):
+        sf.compose(model, delta)
+    pristine(model, composed)
+    with sf.compose(other, delta):
+        pristine(other, composed)
+    pristine(model, composed)
+    first.restore()
+    pristine(model, before)
+    second = sf.compose(model, delta, [2.0])
+    first.restore()  # taken off already: does nothing to the second
+    assert active(model) is second
+    second.restore()
+    second.restore()
+    pristine(model, before)
+    # A composition does not keep its model alive.
+    third = sf.compose(model, delta)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    third.restore()
+    assert "taken off" in repr(third)
+
+
+def test_what_does_not_fit_is_refused_and_the_model_untouched():
+    model = Model()
+    before = values(model)
+    good = made(model, 1)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.lin.weight += 1
+    foreign = made(tuned, 2)
+    replace = sf.SparseDelta(good.support, good.val, meta={"kind": "replace"})
+    cases = [
+        (ValueError, ([good], [1.0, 2.0]), {}, "2 weights for 1 deltas"),
+        (
+            ValueError,
+            ([good], [float("nan")]),
+            {},
+            r"weights\[0\] must be a finite fp32 number, got nan",
+        ),
+        (ValueError, ([good, good], [1, float("inf")]), {}, r"weights\[1\] must be a finite"),
+        (ValueError, ([good], [1e300]), {}, r"weights\[0\] .*fp32"),
+        (ValueError, ([good],), {"compat": "old"}, "None or \"sequential\", got 'old'"),
+        (TypeError, ([good, "delta"],), {}, r"deltas\[1\] must be a SparseDelta, got str"),
+        (sf.SFTError, ([good, foreign],), {}, "another base model"),
+        (sf.SFTError, ([good, replace],), {}, "'replace'"),
+    ]
+    for kind, args, more, message in cases:
+        with pytest.raises(kind, match=message):
+            sf.compose(model, *args, **more)
+        pristine(model, before)
+        assert active(model) is None
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
+        sf.compose(before, good)
+    with sf.compose(model, foreign, allow_base_mismatch=True) as composition:
+        assert composition.changed
+    pristine(model, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sequential_adds_one_after_the_other(dtype):
+    model = Model(dtype)
+    before = values(model)
+    deltas = [made(model, seed, 0.5) for seed in range(3)]
+    alphas = [1.0, -0.5, 3.0]
+    with sf.compose(model, deltas, alphas, compat="sequential"):
+        for n in deltas[0].layout.names:
+            flat = before[n].reshape(-1).clone()
+            for d, alpha in zip(deltas, alphas, strict=True):
+                at = d.indices(n)
+                step = d.values(n).float() * alpha
+                moved = (flat[at].float() + step).to(flat.dtype)
+                flat[at] = torch.where(step == 0, flat[at], moved)
+            assert_bits(model.state_dict()[n].reshape(-1), flat, n)
+        if dtype is torch.bfloat16:
+            sequential = values(model)
+    pristine(model, before)
+    if dtype is torch.bfloat16:
+        with sf.compose(model, deltas, alphas):
+            assert any(not torch.equal(t, sequential[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_hundred_swaps_end_where_they_began(dtype):
+    model = Model(dtype)
+    with torch.no_grad():
+        model.emb.weight[0, :3] = torch.tensor([float("inf"), -0.0, 6e-8]).to(dtype)
+    before = values(model)
+    start = Model(dtype)
+    deltas = [made(start, seed, 0.01, size) for seed, size in enumerate((1e-4, 1.0, 1e4))]
+    random = np.random.default_rng(0)
+    for i in range(200):
+        chosen = [d for d in deltas if random.random() < 0.6]
+        alphas = random.normal(size=len(chosen)).tolist()
+        compat = "sequential" if i % 3 == 0 else None
+        with sf.compose(model, chosen, alphas, compat=compat, allow_base_mismatch=True):
+            pass
+    pristine(model, before)
+
+
+def test_a_delta_made_under_another_name_of_a_tied_parameter():
+    model = Model()
+    before = values(model)
+    delta = made(model, 1)
+    assert delta.meta["aliases"] == {"emb.weight": ["out.weight"]}
+    with sf.compose(model, delta):
+        composed = values(model)
+
+    class Renamed(nn.Module):
+        """The same model; the tied matrix goes by its other name, and stands elsewhere in order."""
+
+        def __init__(self):
+            super().__init__()
+            inner = Model()
+            self.out, self.lin, self.head = inner.out, inner.lin, inner.head
+            self.scale, self.none = inner.scale, inner.none
+
+    other = Renamed()
+    with sf.compose(other, delta):
+        assert_bits(other.out.weight.detach(), composed["emb.weight"])
+        assert_bits(other.lin.weight.detach(), composed["lin.weight"])
+    assert_bits(other.out.weight.detach(), before["emb.weight"])
+    # Both names at once: one delta for each, of the same parameter.
+    entries = sf.Support.from_indices(sf.Layout.of({"out.weight": (700, 100)}), {"out.weight": [0]})
+    second = sf.SparseDelta(entries, torch.ones(1))
+    with sf.compose(model, [delta, second]):
+        expected = composed["emb.weight"].clone()
+        with sf.compose(Model(), delta):
+            pass
+        total = delta.dense("emb.weight").clone()
+        total[0, 0] += 1.0
+        expected[0, 0] = before["emb.weight"][0, 0] + total[0, 0]
+        assert_bits(model.emb.weight.detach(), expected)
+    pristine(model, before)
+
+
+def test_mixed_data_types_and_values_of_other_types():
+    model = Model()
+    model.lin.bfloat16()
+    model.head.half()
+    before = values(model)
+    deltas = [made(model, 1), made(model, 2).astype(torch.bfloat16)]
+    order = sorted(deltas, key=lambda d: d.content_id)
+    with sf.compose(model, deltas, heads=deltas[0]):
+        for n in deltas[0].layout.names:
+            acc = np.zeros(before[n].numel(), np.float32)
+            for d in order:
+                acc[d.indices(n).numpy()] += d.values(n).float().numpy()
+            after = (before[n].reshape(-1).float() + torch.from_numpy(acc)).to(before[n].dtype)
+            after = torch.where(torch.from_numpy(acc != 0), after, before[n].reshape(-1))
+            assert_bits(model.state_dict()[n].reshape(-1), after, n)
+    pristine(model, before)
+
+
+def test_pristine_gives_what_lies_beneath():
+    model = Model()
+    model.lin.bfloat16()
+    before = values(model)
+    deltas = [made(model, 1), made(model, 2)]
+    for compat in (None, "sequential"):
+        with sf.compose(model, deltas, heads=deltas[0], compat=compat) as composition:
+            composed = {n: p.detach().clone() for n, p in model.named_parameters()}
+            found = composition.pristine(composed)
+            assert found.keys() == composed.keys()
+            for n, value in found.items():
+                assert_bits(value, before[n], n)
+            for n, value in model.named_parameters():
+                assert_bits(value.detach(), composed[n], n)
+            part = composition.pristine({"lin.bias": composed["lin.bias"]})
+            assert_bits(part["lin.bias"], before["lin.bias"])
+            assert len(part) == 1
+
+
+def test_a_compiled_model_sees_the_change_and_the_restoration():
+    model = Model()
+    delta = made(model, 1)
+    x = torch.arange(10).reshape(2, 5)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = compiled(x)
+        assert torch.equal(plain, model(x))
+        with sf.compose(model, delta, heads=delta):
+            assert torch.equal(compiled(x), model(x))
+            assert not torch.equal(compiled(x), plain)
+        assert torch.equal(compiled(x), plain)
