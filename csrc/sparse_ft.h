@@ -44,7 +44,7 @@ typedef enum { SFT_TIE_INDEX = 0, SFT_TIE_ALL = 1 } sft_tie;
 
 /* Where the tiles of a list of tensors lie. */
 typedef struct {
-  const int64_t *base;   /* [n] address of the first element; 0 where a tensor is absent (a missing gradient) */
+  const int64_t *base;   /* [n] address of the first element; 0: absent (a missing gradient) */
   const int32_t *length; /* [n] elements, 1 … SFT_TILE */
   const int32_t *dtype;  /* [n] sft_dtype */
   int64_t n;             /* tiles */
@@ -67,26 +67,33 @@ SFT_API int32_t sft_cpu_set_isa(const char *isa);
  *   info[5] first tile that holds a NaN or infinity, else -1    info[6] 0: sampled bound held, 1: exact fallback ran
  *   info[7] eligible entries
  */
-SFT_API int64_t sft_cpu_select_topk_workspace_bytes(int64_t n_tiles, int64_t k, int64_t n_excluded, int32_t threads);
-SFT_API int32_t sft_cpu_select_topk_find(const sft_tiles *a, const sft_tiles *b, int64_t k, const uint16_t *exclude_idx,
-                                         const int64_t *exclude_ptr, int32_t tie, int64_t *ptr, int64_t *info,
-                                         void *workspace, int64_t workspace_bytes, int32_t threads);
-SFT_API int32_t sft_cpu_select_topk_emit(const sft_tiles *a, const sft_tiles *b, int64_t k, const uint16_t *exclude_idx,
-                                         const int64_t *exclude_ptr, int32_t tie, const int64_t *ptr, const int64_t *info,
-                                         void *workspace, int64_t workspace_bytes, uint16_t *idx, int32_t threads);
+SFT_API int64_t sft_cpu_select_topk_workspace_bytes(int64_t n_tiles, int64_t k, int64_t n_excluded,
+                                                    int32_t threads);
+SFT_API int32_t sft_cpu_select_topk_find(const sft_tiles *a, const sft_tiles *b, int64_t k,
+                                         const uint16_t *exclude_idx, const int64_t *exclude_ptr,
+                                         int32_t tie, int64_t *ptr, int64_t *info, void *workspace,
+                                         int64_t workspace_bytes, int32_t threads);
+SFT_API int32_t sft_cpu_select_topk_emit(const sft_tiles *a, const sft_tiles *b, int64_t k,
+                                         const uint16_t *exclude_idx, const int64_t *exclude_ptr,
+                                         int32_t tie, const int64_t *ptr, const int64_t *info,
+                                         void *workspace, int64_t workspace_bytes, uint16_t *idx,
+                                         int32_t threads);
 
 /* select_random: k entries, every set of k equally likely: the top k by a 31-bit hash of (seed, tile, offset).
  * key(t, i) = mix(seed * 0xD1342543DE82EF95 + (t * 65536 + i + 1) * 0x9E3779B97F4A7C15) >> 33, in uint64 arithmetic, with
  * mix(z): z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9; z = (z ^ z >> 27) * 0x94D049BB133111EB; return z ^ z >> 31.
  * Same two steps, info and workspace as select_topk (no test for NaN); only length [n_tiles] of the tiles is needed.
  */
-SFT_API int32_t sft_cpu_select_random_find(const int32_t *length, int64_t n_tiles, int64_t k, uint64_t seed,
-                                           const uint16_t *exclude_idx, const int64_t *exclude_ptr, int64_t *ptr,
-                                           int64_t *info, void *workspace, int64_t workspace_bytes, int32_t threads);
-SFT_API int32_t sft_cpu_select_random_emit(const int32_t *length, int64_t n_tiles, int64_t k, uint64_t seed,
-                                           const uint16_t *exclude_idx, const int64_t *exclude_ptr, const int64_t *ptr,
-                                           const int64_t *info, void *workspace, int64_t workspace_bytes, uint16_t *idx,
+SFT_API int32_t sft_cpu_select_random_find(const int32_t *length, int64_t n_tiles, int64_t k,
+                                           uint64_t seed, const uint16_t *exclude_idx,
+                                           const int64_t *exclude_ptr, int64_t *ptr, int64_t *info,
+                                           void *workspace, int64_t workspace_bytes,
                                            int32_t threads);
+SFT_API int32_t sft_cpu_select_random_emit(const int32_t *length, int64_t n_tiles, int64_t k,
+                                           uint64_t seed, const uint16_t *exclude_idx,
+                                           const int64_t *exclude_ptr, const int64_t *ptr,
+                                           const int64_t *info, void *workspace,
+                                           int64_t workspace_bytes, uint16_t *idx, int32_t threads);
 
 /* gather: out = (accumulate ? out : 0) + fp32(g[idx]); then, where given, out = out / grad_scale and
  * out = out + l1 * sign(delta). A tile whose base is 0 contributes 0. grads null: only the second part.
@@ -94,8 +101,9 @@ SFT_API int32_t sft_cpu_select_random_emit(const int32_t *length, int64_t n_tile
  * sequentially and are then summed as ((l0 + l8) + (l4 + l12)) + … by halving (16 -> 8 -> 4 -> 2 -> 1: lane j += lane j + h);
  * tiles are added in order. found_inf = 1 where any out is not finite, else 0. partials: scratch, [n_tiles].
  */
-SFT_API int32_t sft_cpu_gather(const sft_tiles *grads, int64_t n_tiles, const uint16_t *idx, const int64_t *ptr, float *out,
-                               const float *grad_scale, int32_t accumulate, const float *delta, float l1, double *partials,
+SFT_API int32_t sft_cpu_gather(const sft_tiles *grads, int64_t n_tiles, const uint16_t *idx,
+                               const int64_t *ptr, float *out, const float *grad_scale,
+                               int32_t accumulate, const float *delta, float l1, double *partials,
                                double *norm_sq, float *found_inf, int32_t threads);
 
 /* masked_adamw: one AdamW step of the selected entries. All in binary32 but the scalars, which are formed in binary64 and
@@ -108,10 +116,12 @@ SFT_API int32_t sft_cpu_gather(const sft_tiles *grads, int64_t n_tiles, const ui
  * found_inf (may be null) != 0: nothing at all is written. lr is binary64, step, grad_scale, found_inf, clip binary32 scalars.
  * theta0 [nnz] has the dtype of the weights, which must be one for all tiles. Entries outside idx are never written.
  */
-SFT_API int32_t sft_cpu_masked_adamw(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr, const float *grad,
-                                     const sft_tiles *grads, float *exp_avg, float *exp_avg_sq, float *delta,
-                                     const void *theta0, float *step, const double *lr, double beta1, double beta2, double eps,
-                                     double weight_decay, float l1, const float *grad_scale, const float *found_inf,
+SFT_API int32_t sft_cpu_masked_adamw(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr,
+                                     const float *grad, const sft_tiles *grads, float *exp_avg,
+                                     float *exp_avg_sq, float *delta, const void *theta0,
+                                     float *step, const double *lr, double beta1, double beta2,
+                                     double eps, double weight_decay, float l1,
+                                     const float *grad_scale, const float *found_inf,
                                      const float *clip, int32_t threads);
 
 /* compose: w = round(fp32(w) + acc) with acc = fl(acc + fl(alpha_j * fp32(val_j))) from +0 over the deltas j in the order
@@ -120,51 +130,60 @@ SFT_API int32_t sft_cpu_masked_adamw(const sft_tiles *w, const uint16_t *idx, co
  * stats[0] distinct entries with acc != 0;  stats[1] of those, entries whose weight did not change ("swallowed").
  */
 SFT_API int64_t sft_cpu_compose_workspace_bytes(int32_t n_deltas, int32_t threads);
-SFT_API int32_t sft_cpu_compose(const sft_tiles *w, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr,
-                                const void *const *val, const int32_t *val_dtype, const float *alpha, void *const *undo,
-                                int64_t *stats, void *workspace, int64_t workspace_bytes, int32_t threads);
+SFT_API int32_t sft_cpu_compose(const sft_tiles *w, int32_t n_deltas, const uint16_t *const *idx,
+                                const int64_t *const *ptr, const void *const *val,
+                                const int32_t *val_dtype, const float *alpha, void *const *undo,
+                                int64_t *stats, void *workspace, int64_t workspace_bytes,
+                                int32_t threads);
 
 /* restore: w[idx_j] = undo[j], bit for bit. */
-SFT_API int32_t sft_cpu_restore(const sft_tiles *w, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr,
-                                const void *const *undo, int32_t threads);
+SFT_API int32_t sft_cpu_restore(const sft_tiles *w, int32_t n_deltas, const uint16_t *const *idx,
+                                const int64_t *const *ptr, const void *const *undo,
+                                int32_t threads);
 
 /* merge: the union of the supports, with values acc as in compose (an acc of 0 stays, as an explicit 0).
  * count fills out_ptr [n_tiles + 1]; fill writes out_idx and out_val [out_ptr[n_tiles]].
  */
 SFT_API int64_t sft_cpu_merge_workspace_bytes(int32_t n_deltas, int32_t threads);
-SFT_API int32_t sft_cpu_merge_count(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr,
-                                    int64_t *out_ptr, void *workspace, int64_t workspace_bytes, int32_t threads);
-SFT_API int32_t sft_cpu_merge_fill(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr,
-                                   const void *const *val, const int32_t *val_dtype, const float *alpha, const int64_t *out_ptr,
-                                   uint16_t *out_idx, float *out_val, void *workspace, int64_t workspace_bytes,
-                                   int32_t threads);
+SFT_API int32_t sft_cpu_merge_count(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx,
+                                    const int64_t *const *ptr, int64_t *out_ptr, void *workspace,
+                                    int64_t workspace_bytes, int32_t threads);
+SFT_API int32_t sft_cpu_merge_fill(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx,
+                                   const int64_t *const *ptr, const void *const *val,
+                                   const int32_t *val_dtype, const float *alpha,
+                                   const int64_t *out_ptr, uint16_t *out_idx, float *out_val,
+                                   void *workspace, int64_t workspace_bytes, int32_t threads);
 
 /* overlap: per tile, counts [n_tiles, 2] = entries in both, of those with the same sign (both > 0 or both < 0);
  * dots [n_tiles, 3] = sum of a*b, a*a, b*b over the entries in both, in binary64, ascending.
  */
-SFT_API int32_t sft_cpu_overlap(int64_t n_tiles, const uint16_t *idx_a, const int64_t *ptr_a, const void *val_a,
-                                int32_t dtype_a, const uint16_t *idx_b, const int64_t *ptr_b, const void *val_b,
-                                int32_t dtype_b, int64_t *counts, double *dots, int32_t threads);
+SFT_API int32_t sft_cpu_overlap(int64_t n_tiles, const uint16_t *idx_a, const int64_t *ptr_a,
+                                const void *val_a, int32_t dtype_a, const uint16_t *idx_b,
+                                const int64_t *ptr_b, const void *val_b, int32_t dtype_b,
+                                int64_t *counts, double *dots, int32_t threads);
 
 /* anchor_l1: g = round(fp32(g) + coeff * sign(w - anchor)) where g's base is not 0 (w - anchor in binary32, sign(0) = 0);
  * total = sum of |w - anchor| in binary64, with the lanes of gather. partials: scratch, [n_tiles]. grads may be null.
  */
-SFT_API int32_t sft_cpu_anchor_l1(const sft_tiles *grads, const sft_tiles *w, const sft_tiles *anchors, float coeff,
-                                  double *partials, double *total, int32_t threads);
+SFT_API int32_t sft_cpu_anchor_l1(const sft_tiles *grads, const sft_tiles *w,
+                                  const sft_tiles *anchors, float coeff, double *partials,
+                                  double *total, int32_t threads);
 
 /* digest: out[0] = sum of mix((t * 65536 + i + 1) * 0x9E3779B97F4A7C15 + bits * 0xD1342543DE82EF95) mod 2^64 over the
  * entries (tile t, offset i), bits = the binary32 bits of the weight (mix as in select_random); out[1]: the same with the
  * 16 bits of the weight rounded to bfloat16.
  */
-SFT_API int32_t sft_cpu_digest(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr, uint64_t *out, int32_t threads);
+SFT_API int32_t sft_cpu_digest(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr,
+                               uint64_t *out, int32_t threads);
 
 /* check_support: are idx and ptr well formed, and the values (may be null) finite? ptr is read only while it is valid.
  * info[0]: 0 well formed, 1 ptr[0] is not 0 or ptr[n_tiles] is not nnz, 2 ptr decreases or a step exceeds its tile's length,
  * 3 idx not strictly ascending in its tile, 4 idx beyond its tile's length, 5 a value is NaN or infinite.
  * info[1]: the first tile with the fault (lowest), info[2]: its first entry, info[3]: values that are exactly 0.
  */
-SFT_API int32_t sft_cpu_check_support(const int32_t *length, int64_t n_tiles, const uint16_t *idx, const int64_t *ptr,
-                                      int64_t nnz, const void *val, int32_t val_dtype, int64_t *info, int32_t threads);
+SFT_API int32_t sft_cpu_check_support(const int32_t *length, int64_t n_tiles, const uint16_t *idx,
+                                      const int64_t *ptr, int64_t nnz, const void *val,
+                                      int32_t val_dtype, int64_t *info, int32_t threads);
 
 #ifdef __cplusplus
 }

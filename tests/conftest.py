@@ -41,6 +41,16 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         native.set_isa(best)
 
 
+@pytest.fixture
+def native_library() -> None:
+    """Skips a test that needs the C++ library where there is none."""
+    from sparse_ft_kernels import native
+
+    library, reason = native.load()
+    if library is None:
+        pytest.skip(reason)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` gives NaN (integers: the largest), so that an output left unwritten cannot

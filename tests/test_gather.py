@@ -81,7 +81,7 @@ def test_flags_what_is_not_finite(backend, value):
     assert float(gather(grads, [70_000], idx, ptr, out)[1]) == 1
 
 
-def test_the_norm_has_one_order_of_summation(monkeypatch):
+def test_the_norm_has_one_order_of_summation(monkeypatch, native_library):
     generator = rng("order")
     grads = tensors([(300_000,), (7,), (65536,)], generator)
     idx, ptr, _ = random_support(numels(grads), 0.3, generator)

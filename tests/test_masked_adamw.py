@@ -83,7 +83,7 @@ def test_against_float64(backend, name, dtype, compact):
         oracles.assert_bits(weight.reshape(-1)[untouched], start.reshape(-1)[untouched])
 
 
-def test_all_backends_give_the_same_bits(monkeypatch):
+def test_all_backends_give_the_same_bits(monkeypatch, native_library):
     results = []
     best = native.isa()
     for name, isa, threads in [

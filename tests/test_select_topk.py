@@ -68,9 +68,9 @@ def _adversarial(kind: str, n: int, generator: torch.Generator) -> torch.Tensor:
     ],
 )
 def test_any_distribution(backend, kind, tie):
-    n = 300_000
+    n = 140_000
     a = [_adversarial(kind, n, rng(kind))]
-    for k in (1, 399, 3000, n // 2, n - 1):
+    for k in (1, 399, n // 2, n - 1):
         if tie == "index":
             check(a, [], k)
             continue
@@ -90,7 +90,7 @@ def test_clustered_in_a_few_tiles(backend):
 
 
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -180,7 +180,7 @@ def test_mixed_data_types(backend):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_same_bits_for_any_number_of_threads(threads, monkeypatch):
+def test_same_bits_for_any_number_of_threads(threads, monkeypatch, native_library):
     monkeypatch.setenv("SPARSE_FT_BACKEND", "cpu")
     monkeypatch.setattr(native, "_threads", lambda: threads)
     generator = rng("threads")

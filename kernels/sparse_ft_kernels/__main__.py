@@ -1,6 +1,8 @@
 """`python -m sparse_ft_kernels`: which backend serves which op here, and why the others do not."""
 
+import contextlib
 import os
+import sys
 
 import torch
 
@@ -23,4 +25,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # A reader that stops early, such as `| head`, is no error.
+    with contextlib.suppress(BrokenPipeError):
+        main()
+        sys.stdout.flush()

@@ -9,6 +9,7 @@ over by the next one.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
@@ -58,11 +59,22 @@ def _resolve(op: str, device_type: str, forced: str) -> Callable[..., Any]:
     for name in (forced,) if forced else ORDER.get(device_type, FALLBACK):
         answer = support(name, op, device)
         if answer.ok:
+            if tried:
+                _warn_slow(device_type, tried[0])
             return getattr(BACKENDS[name], op)  # type: ignore[no-any-return]
         tried.append(f"{name}: {answer.reason}")
     forced_by = f" ({ENVIRONMENT}={forced})" if forced else ""
     raise BackendError(
         f"{op} on {device_type}{forced_by}: no backend can serve; " + "; ".join(tried)
+    )
+
+
+@lru_cache(maxsize=8)
+def _warn_slow(device_type: str, reason: str) -> None:
+    warnings.warn(
+        f"sparse_ft: {device_type} tensors are served by plain torch, which is slow ({reason})",
+        RuntimeWarning,
+        stacklevel=2,
     )
 
 

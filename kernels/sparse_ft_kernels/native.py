@@ -12,7 +12,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .build import library_path
 from .contract import NonFiniteError, Tensors, TooFewError
 from .tile_table import DTYPE_CODES, TileTable, tile_lengths, tile_table
 
@@ -98,10 +97,15 @@ SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
 @lru_cache(maxsize=1)
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The CPU library, or None with the reason why it cannot be used."""
+    # Here, not at the top: `python -m sparse_ft_kernels.build` must not find itself imported.
+    from .build import is_current, library_path
+
     path = library_path("cpu")
     build = "`python -m sparse_ft_kernels.build` builds it"
     if not path.exists():
         return None, f"the library {path.name} is not built; {build}"
+    if not is_current("cpu"):
+        return None, f"{path.name} was built from other sources than these; {build} anew"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
