@@ -370,7 +370,7 @@ def _results(seeds: int) -> dict[str, Any]:
             "seed": s,
             "accuracy": {
                 "task": 0.4, "language+task": 0.5 + 0.01 * s, "control+task": 0.41,
-                "full": 0.38, "source": 0.97, "source_full": 0.98,
+                "language1+task": 0.45, "full": 0.38, "source": 0.97, "source_full": 0.98,
             },
             "files": {"language": "out/l.safetensors", "task": "out/t.safetensors"},
             "sfts": [
@@ -384,18 +384,21 @@ def _results(seeds: int) -> dict[str, Any]:
         "language": "lb", "control": "cy", "output": "out", "base": "out/base",
         "base_bytes": 9e7, "plot": "out/accuracy.png", "seconds": 200.0, "threads": 2,
         "precision": "bfloat16", "peak_bytes": 2e9, "test_sentences": 700, "test_templates": 80,
-        "standard_error": 0.031, "runs": runs,
+        "standard_errors": {"task": 0.031, "control+task": 0.02},
+        "language_weight": 0.5, "runs": runs,
     }  # fmt: skip
 
 
 def test_report_gives_the_mean_and_each_seed() -> None:
     rows = report.accuracy_rows(_results(3))
-    assert rows[0] == ("task SFT alone", "40.0", ["40.0", "40.0", "40.0"])
-    assert rows[1] == ("lb SFT + task SFT", "51.0", ["50.0", "51.0", "52.0"])
-    assert len(rows) == 6
+    assert rows[0] == ("task", "task SFT alone", "40.0", ["40.0", "40.0", "40.0"])
+    assert rows[1] == (
+        "language+task", "task SFT + 0.5 × lb SFT", "51.0", ["50.0", "51.0", "52.0"],
+    )  # fmt: skip
+    assert len(rows) == 7
     text = report.verdict(_results(3))
-    assert "+11.0 points against the task SFT alone" in text
-    assert "+10.0 points" in text
+    assert "+11.0 ± 3.1 points" in text
+    assert "+10.0 ± 2.0 points" in text
     assert "mean of 3 seeds" in text
     assert [report.size_text(n) for n in (12, 3400, 7_400_000, 2e9)] == [
         "12 B", "3.4 kB", "7.4 MB", "2.0 GB",
@@ -409,7 +412,14 @@ def test_report_is_printed_and_drawn(tmp_path: Path) -> None:
     console = console_module.Console(width=120, record=True, file=io.StringIO())
     report.show(_results(2), console)
     shown = console.export_text()
-    for part in ("lb SFT + task SFT", "50.5", "seed 1", "7.4 MB", "sparse-ft info", "sf.compose"):
+    for part in (
+        "task SFT + 0.5 × lb SFT",
+        "50.5",
+        "seed 1",
+        "7.4 MB",
+        "sparse-ft info",
+        "sf.compose",
+    ):
         assert part in shown
     compile(report.python_snippet(_results(1)), "snippet", "exec")
     pytest.importorskip("matplotlib")

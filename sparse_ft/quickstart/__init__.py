@@ -226,7 +226,11 @@ class _Quickstart:
             "base_bytes": sum(f.stat().st_size for f in self.base.iterdir()),
             "test_sentences": len(target),
             "test_templates": len({s.template for s in target}),
-            "standard_error": _standard_error(target, runs[0]["correct"]["language+task"]),
+            "language_weight": self.recipe.language_weight,
+            "standard_errors": {
+                other: _standard_error(target, runs, "language+task", other)
+                for other in ("task", "control+task")
+            },
             "settings": self.settings,
             "threads": self.settings["threads"],
             "precision": self.settings["precision"],
@@ -251,9 +255,11 @@ class _Quickstart:
 
         key = self.base_key = key_of({**self.settings, "seed": seed})
         head_file = self.base / "masked_language_head.safetensors"
+        title = "stage 0: masked-language head"
+        steps = self.recipe.stage0_head_steps + self.recipe.stage0_steps
         record = self.store.get("stage0", key)
         if record is None:
-            with _step(progress, "stage 0: masked-language head", self.recipe.stage0_steps) as tick:
+            with _step(progress, title, steps) as tick:
                 encoder, tokenizer, predicted = self._pretrained()
                 pieces = Pieces(tokenizer.pad_token_id, tokenizer.mask_token_id, predicted)
                 trainer = Trainer(self.recipe, pieces, self.precision)
@@ -275,7 +281,7 @@ class _Quickstart:
             files = sorted(f for f in self.base.iterdir() if f.is_file())
             record = self.store.put("stage0", key, {"seconds": seconds}, *files)
         else:
-            _reused(progress, "stage 0: masked-language head")
+            _reused(progress, title)
         self.seconds += record["seconds"]
 
         from transformers import AutoTokenizer
@@ -335,15 +341,18 @@ class _Quickstart:
         model = Classifier(self.encoder, self._hidden(), len(corpus.intents)).eval()
         target, source = self._rows(corpus.target), self._rows(corpus.source["test"])
         correct: dict[str, list[bool]] = {}
-        plans: list[tuple[str, list[SparseDelta], tuple[list[list[int]], list[int]]]] = [
-            ("task", [task.delta], target),
-            ("language+task", [language.delta, task.delta], target),
-            ("control+task", [control.delta, task.delta], target),
-            ("source", [task.delta], source),
+        half = self.recipe.language_weight
+        plans: list[tuple[str, list[tuple[SparseDelta, float]], Any]] = [
+            ("task", [(task.delta, 1.0)], target),
+            ("language+task", [(task.delta, 1.0), (language.delta, half)], target),
+            ("language1+task", [(task.delta, 1.0), (language.delta, 1.0)], target),
+            ("control+task", [(task.delta, 1.0), (control.delta, half)], target),
+            ("source", [(task.delta, 1.0)], source),
         ]
         with _step(progress, f"seed {seed}: composition and test", len(plans)) as tick:
-            for name, deltas, (rows, labels) in plans:
-                with compose(model, deltas, heads=task.delta):
+            for name, parts, (rows, labels) in plans:
+                deltas, weights = zip(*parts, strict=True)
+                with compose(model, deltas, list(weights), heads=task.delta):
                     correct[name] = trainer.correct(model, rows, labels)
                 tick(None)
         correct |= task.record["full"]
@@ -361,16 +370,14 @@ class _Quickstart:
         }
 
     def _language_sft(self, code: str, seed: int, progress: Progress) -> _Sft:
-        from .intents import SOURCE
         from .models import MaskedLanguageModel
 
         def compute(tick: Callable[[float], None]) -> tuple[SparseDelta, dict[str, Any]]:
             model = MaskedLanguageModel(self.encoder, self.trainer.pieces.predicted)
             model.load_state_dict(self.head, strict=False)
             rows = self.tokenizer(self.corpus.unlabelled[code])["input_ids"]
-            source = self.tokenizer(self.corpus.unlabelled[SOURCE])["input_ids"]
             self._trainable()
-            delta, losses = self.trainer.language_sft(model, code, rows, source, seed, tick)
+            delta, losses = self.trainer.language_sft(model, code, rows, seed, tick)
             return delta, {"losses": losses}
 
         steps = self.recipe.language_full_steps + self.recipe.language_sparse_steps
@@ -500,12 +507,18 @@ def _digest_texts(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
-def _standard_error(sentences: Sequence[Any], correct: Sequence[bool], draws: int = 1000) -> float:
-    """Bootstrap standard error of an accuracy, resampling templates rather than sentences."""
-    groups: dict[str, list[bool]] = {}
-    for sentence, right in zip(sentences, correct, strict=True):
-        groups.setdefault(sentence.template, []).append(right)
-    sums = [(sum(g), len(g)) for g in groups.values()]
+def _standard_error(
+    sentences: Sequence[Any], runs: Sequence[dict[str, Any]], a: str, b: str, draws: int = 1000
+) -> float:
+    """Bootstrap standard error of the difference of two mean accuracies over the same sentences.
+
+    Templates are resampled, not sentences: sentences of one template stand or fall together.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, sentence in enumerate(sentences):
+        gain = sum(int(r["correct"][a][i]) - int(r["correct"][b][i]) for r in runs)
+        groups.setdefault(sentence.template, []).append(gain)
+    sums = [(sum(g) / len(runs), len(g)) for g in groups.values()]
     rng = random.Random(0)
     values = []
     for _ in range(draws):

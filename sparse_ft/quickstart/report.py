@@ -8,18 +8,30 @@ from typing import Any
 
 LABELS: Mapping[str, str] = {
     "task": "task SFT alone",
-    "language+task": "{target} SFT + task SFT",
-    "control+task": "{control} SFT + task SFT (control)",
+    "language+task": "task SFT + {weight:g} × {target} SFT",
+    "language1+task": "task SFT + 1 × {target} SFT",
+    "control+task": "task SFT + {weight:g} × {control} SFT (control)",
     "full": "full fine-tuning on the task",
     "source": "English, held out: task SFT",
     "source_full": "English, held out: full fine-tuning",
 }
 """Rows of the result, in order."""
+COLOURS: Mapping[str, str] = {
+    "task": "#8c8c8c",
+    "language+task": "#1b7837",
+    "language1+task": "#7fbf7b",
+    "control+task": "#c2a5cf",
+    "full": "#5b8db8",
+}
 
 
 def row_label(row: str, results: Mapping[str, Any]) -> str:
-    """The text of a row, with the languages filled in."""
-    return LABELS[row].format(target=results["language"], control=results["control"])
+    """The text of a row, with languages and weight filled in."""
+    return LABELS[row].format(
+        target=results["language"],
+        control=results["control"],
+        weight=results["language_weight"],
+    )
 
 
 def mean(values: Sequence[float]) -> float:
@@ -27,14 +39,14 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def accuracy_rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """Label, mean accuracy and the accuracy of each seed, in percent, of each row that was run."""
+def accuracy_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, list[str]]]:
+    """Row, label, mean accuracy and accuracy of each seed, in percent, of the rows there are."""
     rows = []
     for row in LABELS:
         values = [100 * run["accuracy"][row] for run in results["runs"] if row in run["accuracy"]]
         if values:
             rows.append(
-                (row_label(row, results), f"{mean(values):.1f}", [f"{v:.1f}" for v in values])
+                (row, row_label(row, results), f"{mean(values):.1f}", [f"{v:.1f}" for v in values])
             )
     return rows
 
@@ -54,13 +66,14 @@ def verdict(results: Mapping[str, Any]) -> str:
     gain = [100 * (r["accuracy"]["language+task"] - r["accuracy"]["task"]) for r in runs]
     over = [100 * (r["accuracy"]["language+task"] - r["accuracy"]["control+task"]) for r in runs]
     seeds = f" (mean of {len(runs)} seeds)" if len(runs) > 1 else ""
+    errors = results["standard_errors"]
     return (
-        f"Composing the {results['language']} SFT with the task SFT changes accuracy by "
-        f"{mean(gain):+.1f} points against the task SFT alone and by {mean(over):+.1f} points "
-        f"against the {results['control']} SFT as control{seeds}. Test: "
-        f"{results['test_sentences']} sentences from {results['test_templates']} templates that no "
-        f"training saw; standard error about "
-        f"{100 * results['standard_error']:.1f} points, counted by template."
+        f"Adding the {results['language']} SFT to the task SFT changes accuracy by "
+        f"{mean(gain):+.1f} ± {100 * errors['task']:.1f} points{seeds}; it is "
+        f"{mean(over):+.1f} ± {100 * errors['control+task']:.1f} points from what the "
+        f"{results['control']} SFT gives. ± is one standard error of the difference, by template: "
+        f"the test has {results['test_sentences']} sentences of {results['test_templates']} "
+        "templates that no training saw."
     )
 
 
@@ -85,7 +98,8 @@ def python_snippet(results: Mapping[str, Any]) -> str:
             f'model, tokenizer, intents = load_classifier("{results["output"]}")',
             f'task = sf.SparseDelta.load("{files["task"]}")',
             f'language = sf.SparseDelta.load("{files["language"]}")',
-            "with sf.compose(model, [task, language], heads=task):",
+            f"with sf.compose(model, [task, language], [1.0, {results['language_weight']:g}], "
+            "heads=task):",
             '    batch = tokenizer(["a sentence"], return_tensors="pt")',
             '    print(intents[int(model(batch["input_ids"], batch["attention_mask"]).argmax())])',
         ]
@@ -108,7 +122,7 @@ def show(results: Mapping[str, Any], console: Any) -> None:
     if len(seeds) > 1:
         for seed in seeds:
             table.add_column(f"seed {seed}", justify="right")
-    for label, average, each in accuracy_rows(results):
+    for _, label, average, each in accuracy_rows(results):
         table.add_row(label, average, *(each if len(seeds) > 1 else []))
     console.print(table)
 
@@ -143,14 +157,11 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     rows = accuracy_rows(results)
     figure = Figure(figsize=(7.5, 0.55 * len(rows) + 1.3), layout="constrained")
     axes = figure.subplots()
-    n_target = sum(not label.startswith("English") for label, _, _ in rows)
-    colours = ["#8c8c8c", "#1b7837", "#c2a5cf", "#5b8db8"][:n_target]
-    colours += ["#d9d9d9"] * (len(rows) - n_target)
-    for i, ((_, average, each), colour) in enumerate(zip(rows, colours, strict=True)):
-        axes.barh(i, float(average), color=colour)
+    for i, (row, _, average, each) in enumerate(rows):
+        axes.barh(i, float(average), color=COLOURS.get(row, "#d9d9d9"))
         axes.plot([float(v) for v in each], [i] * len(each), "k.", markersize=4)
         axes.text(1, i, average, va="center", ha="left", fontsize=9)
-    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes.set_yticks(range(len(rows)), [label for _, label, _, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy, %")

@@ -28,7 +28,7 @@ class Recipe:
     Attributes:
         batch: sentences in a batch.
         masked: share of the pieces masked.
-        language_source_share: share of source-language sentences in the text of a language SFT.
+        language_weight: weight of the language SFTs in compositions.
         language_density, task_density: share of the encoder's entries (norms excluded) selected.
         language_l1: λ of the L1 term in language SFTs.
         warm_up: share of the steps over which the learning rate rises; it falls to 0 after.
@@ -36,15 +36,17 @@ class Recipe:
 
     batch: int = 32
     masked: float = 0.25
+    stage0_head_steps: int = 60
+    stage0_head_lr: float = 2e-3
     stage0_steps: int = 160
-    stage0_lr: float = 1.5e-4
+    stage0_lr: float = 2e-4
     language_full_steps: int = 100
     language_sparse_steps: int = 100
     language_full_lr: float = 2e-4
     language_sparse_lr: float = 4e-4
     language_density: float = 0.08
     language_l1: float = 0.1
-    language_source_share: float = 0.5
+    language_weight: float = 0.5
     task_full_steps: int = 60
     task_sparse_steps: int = 80
     task_full_lr: float = 2e-4
@@ -129,6 +131,24 @@ def mask_rows(
     return noisy, masked, classes[masked]
 
 
+def log_frequencies(rows: Rows, pieces: Pieces) -> Tensor:
+    """Logarithms of the smoothed shares of the pieces in text, float32 [classes]."""
+    ids = torch.tensor([i for row in rows for i in row])
+    classes = torch.searchsorted(pieces.predicted, ids).clamp_(max=len(pieces.predicted) - 1)
+    text = pieces.predicted[classes] == ids
+    counts = torch.bincount(classes[text], minlength=len(pieces.predicted)) + 0.1
+    return (counts / counts.sum()).log()
+
+
+def _clip(parameters: list[nn.Parameter], max_norm: float) -> Callable[..., None]:
+    """A step hook that clips the norm of the gradients."""
+
+    def clip(*_: object) -> None:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    return clip
+
+
 class Trainer:
     """Runs the recipe's steps; a training function for `LotteryTicket` is one of its closures.
 
@@ -199,20 +219,26 @@ class Trainer:
         recipe = self.recipe
         torch.manual_seed(derived_seed(seed, "head"))
         model = MaskedLanguageModel(encoder, self.pieces.predicted)
+        with torch.no_grad():
+            model.decoder.bias.copy_(log_frequencies(rows, self.pieces))
         freeze_norms(encoder)
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=recipe.stage0_lr,
-            weight_decay=0.0, fused=True,
-        )  # fmt: skip
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-        def clip(*_: object) -> None:
-            nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-
-        optimizer.register_step_pre_hook(clip)
-        steps = batches(rows, recipe.batch, recipe.stage0_steps, derived_seed(seed, "order"))
-        loss_of = self._masked_loss(model, rows, derived_seed(seed, "masks"))
-        self._loop(optimizer, steps, recipe.stage0_steps, loss_of, tick)
+        trainable = [p for p in encoder.parameters() if p.requires_grad]
+        head = [
+            p for name, p in model.named_parameters()
+            if p.requires_grad and not name.startswith("encoder.")
+        ]  # fmt: skip
+        parts = [
+            ("head", head, recipe.stage0_head_steps, recipe.stage0_head_lr),
+            ("all", trainable + head, recipe.stage0_steps, recipe.stage0_lr),
+        ]
+        for part, parameters, count, lr in parts:
+            for parameter in trainable:
+                parameter.requires_grad_(part == "all")
+            optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+            optimizer.register_step_pre_hook(_clip(parameters, recipe.max_grad_norm))
+            steps = batches(rows, recipe.batch, count, derived_seed(seed, part, "order"))
+            loss_of = self._masked_loss(model, rows, derived_seed(seed, part, "masks"))
+            self._loop(optimizer, steps, count, loss_of, tick)
         return model
 
     def language_sft(
@@ -220,20 +246,18 @@ class Trainer:
         model: MaskedLanguageModel,
         language: str,
         rows: Rows,
-        source_rows: Rows,
         seed: int,
         tick: Tick,
     ) -> tuple[SparseDelta, dict[str, float]]:
         """Learn a language SFT from unlabelled text: full tuning, selection, sparse tuning.
 
-        Text of the source language is mixed in, so that the SFT adds a language to what the task
-        SFT will meet rather than putting one in the place of another.
+        The head starts from the frequencies of the language's pieces: what the encoder then learns
+        is how they hang together, not how often each occurs.
 
         Args:
             model: encoder and head of stage 0.
             language: code of the language.
             rows: id rows of its text.
-            source_rows: id rows of unlabelled text of the source language.
             seed: of masks and order.
             tick: called after each step.
 
@@ -242,8 +266,8 @@ class Trainer:
         """
         recipe = self.recipe
         losses: dict[str, float] = {}
-        share = recipe.language_source_share
-        mixed = [*rows, *source_rows[: int(len(rows) * share / (1 - share))]]
+        with torch.no_grad():
+            model.decoder.bias.copy_(log_frequencies(rows, self.pieces))
 
         def train(phase: Phase) -> None:
             full = phase.name == "full"
@@ -251,8 +275,8 @@ class Trainer:
             lr = recipe.language_full_lr if full else recipe.language_sparse_lr
             optimizer = phase.optimizer(lr=lr, weight_decay=0.0, max_grad_norm=recipe.max_grad_norm)
             name = f"{language} {phase.name}"
-            steps = batches(mixed, recipe.batch, count, derived_seed(seed, name, "order"))
-            loss_of = self._masked_loss(model, mixed, derived_seed(seed, name, "masks"))
+            steps = batches(rows, recipe.batch, count, derived_seed(seed, name, "order"))
+            loss_of = self._masked_loss(model, rows, derived_seed(seed, name, "masks"))
             losses[phase.name] = self._loop(optimizer, steps, count, loss_of, tick)
 
         ticket = LotteryTicket(
