@@ -471,7 +471,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def holds(self) -> bool:
-        """Whether the weights are where the last step left them: w = round(θ0 + δ) at every tuned entry."""
+        """Whether the weights are where the last step left them: w = round(θ0 + δ) at every tuned
+        entry."""
         return all(
             torch.equal(
                 _bits(_read(unit.support, unit.parameters)),

@@ -11,7 +11,7 @@ import torch
 from sparse_ft_kernels import overlap as overlap_entries
 
 from .delta import SparseDelta
-from .merge import union_layout
+from .merge import given, union_layout
 
 __all__ = ["Overlap", "overlap"]
 
@@ -90,9 +90,7 @@ def overlap(deltas: Sequence[SparseDelta]) -> Overlap:
     Raises:
         SFTError: The deltas disagree about a tensor's shape.
     """
-    chosen = list(deltas)
-    if not chosen:
-        raise ValueError("overlap: no deltas given")
+    chosen = given("overlap", deltas)
     union = union_layout("overlap", chosen)
     device = chosen[0].device
     supports = [d.support.expand(union).to(device) for d in chosen]

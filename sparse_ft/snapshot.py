@@ -21,15 +21,8 @@ class Snapshot(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
-        parameters = named_parameters(model)
-        for name, parameter in parameters.items():
-            if parameter.device.type == "meta":
-                raise ValueError(
-                    f"snapshot: parameter {name!r} is on the meta device and holds no data; "
-                    "materialise it first"
-                )
-        self._parameters = {name: _copy(p, device) for name, p in parameters.items()}
-        self._buffers = {name: _copy(b, device) for name, b in model.named_buffers()}
+        self._parameters = _copies("parameter", named_parameters(model), device)
+        self._buffers = _copies("buffer", dict(model.named_buffers()), device)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
@@ -38,7 +31,7 @@ class Snapshot(Mapping[str, Tensor]):
         Raises:
             ValueError: The model has other parameters or buffers than the one that was copied. Nothing is written then.
         """
-        targets = [
+        targets: list[tuple[str, dict[str, Tensor], Mapping[str, Tensor]]] = [
             ("parameter", self._parameters, named_parameters(model)),
             ("buffer", self._buffers, dict(model.named_buffers())),
         ]
@@ -59,7 +52,12 @@ class Snapshot(Mapping[str, Tensor]):
                     )
         for _, values, found in targets:
             for name, value in values.items():
-                found[name].copy_(value)
+                target = found[name]
+                if target.layout is torch.strided and 0 in target.stride():
+                    # An expanded buffer holds one value where it shows many: write that one.
+                    once = tuple(slice(None if stride else 1) for stride in target.stride())
+                    target, value = target[once], value[once]
+                target.copy_(value)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._parameters[name]
@@ -75,9 +73,23 @@ class Snapshot(Mapping[str, Tensor]):
         return f"Snapshot({len(self._parameters)} parameters, {numel:,} values)"
 
 
-def _copy(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    copy = tensor.detach().clone()
-    return copy if device is None else copy.to(device)
+def _copies(
+    kind: str, tensors: Mapping[str, Tensor], device: torch.device | str | None
+) -> dict[str, Tensor]:
+    copies = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(
+                f"snapshot: {kind} {name!r} has no shape yet; run the model once first"
+            )
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"snapshot: {kind} {name!r} is on the meta device and holds no data; "
+                "materialise it first"
+            )
+        copy = tensor.detach().clone()
+        copies[name] = copy if device is None else copy.to(device)
+    return copies
 
 
 def snapshot(model: nn.Module, device: torch.device | str | None = None) -> Snapshot:
@@ -92,6 +104,6 @@ def snapshot(model: nn.Module, device: torch.device | str | None = None) -> Snap
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: A parameter holds no data (meta device).
+        ValueError: A parameter or buffer holds no data (meta device, lazy module).
     """
     return Snapshot(model, device)
