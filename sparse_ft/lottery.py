@@ -6,7 +6,7 @@ Full tuning finds the entries that move most; everything is rewound; sparse tuni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft_kernels import anchor_l1_, digest
-from sparse_ft_kernels.contract import describe_unusable
 
 from .compose import Composition, active
 from .delta import SparseDelta
-from .families import named_parameters
+from .families import aliases, named_parameters, unusable
 from .optim import MaskedAdamW
 from .select import Eligible, eligible_parameters, resolve_k, select
 from .snapshot import Snapshot
@@ -43,6 +42,7 @@ class Phase:
     theta0: Mapping[str, Tensor]
     l1: float
     l1_heads: bool
+    eligible: Collection[str]
     made: torch.optim.Optimizer | None = None
 
     def optimizer(self, max_grad_norm: float | None = None, **adamw: Any) -> torch.optim.Optimizer:
@@ -52,11 +52,14 @@ class Phase:
 
         Args:
             max_grad_norm: Norm to clip to; default: no clipping.
-            **adamw: lr, betas, eps, weight_decay; for the sparse phase also gather="hook".
+            **adamw: lr (default 5e-5), betas, eps, weight_decay (default 0); for the sparse phase also
+                gather="hook".
 
         Returns:
             A `torch.optim.Optimizer`: schedulers and gradient scalers work with it.
         """
+        self.release()
+        adamw = {"lr": 5e-5, "weight_decay": 0.0, **adamw}
         if self.support is not None:
             self.made = MaskedAdamW(
                 self.model,
@@ -75,11 +78,17 @@ class Phase:
             adamw["fused"] = all(p.device.type in ("cpu", "cuda") for p in trainable.values())
         optimizer = torch.optim.AdamW(trainable.values(), **adamw)
         numel = sum(p.numel() for p in self.model.parameters())
+        anchored = {n: p for n, p in trainable.items() if self.l1_heads or n in self.eligible}
         optimizer.register_step_pre_hook(
-            _AnchorAndClip(trainable, self.theta0, self.l1 / numel, max_grad_norm)
+            _AnchorAndClip(trainable, anchored, self.theta0, self.l1 / numel, max_grad_norm)
         )
         self.made = optimizer
         return optimizer
+
+    def release(self) -> None:
+        """Takes the hooks of this phase's optimizer off the model."""
+        if isinstance(self.made, MaskedAdamW):
+            self.made.detach_hooks()
 
 
 class _AnchorAndClip:
@@ -88,14 +97,14 @@ class _AnchorAndClip:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
+        anchored: Mapping[str, nn.Parameter],
         theta0: Mapping[str, Tensor],
         coeff: float,
         max_grad_norm: float | None,
     ) -> None:
         self.parameters = list(parameters.values())
-        self.anchors = (
-            [theta0[name].to(p.device) for name, p in parameters.items()] if coeff else []
-        )
+        self.anchored = list(anchored.values())
+        self.anchors = [theta0[n].to(p.device) for n, p in anchored.items()] if coeff else []
         self.coeff = coeff
         self.max_grad_norm = max_grad_norm
 
@@ -107,13 +116,13 @@ class _AnchorAndClip:
             )
         if self.coeff:
             groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-            for i, parameter in enumerate(self.parameters):
+            for i, parameter in enumerate(self.anchored):
                 if parameter.grad is not None:
                     groups.setdefault((parameter.device, parameter.dtype), []).append(i)
             for members in groups.values():
                 anchor_l1_(
-                    [_contiguous_grad(self.parameters[i]) for i in members],
-                    [self.parameters[i].detach() for i in members],
+                    [_contiguous_grad(self.anchored[i]) for i in members],
+                    [self.anchored[i].detach() for i in members],
                     [self.anchors[i] for i in members],
                     self.coeff,
                 )
@@ -176,9 +185,7 @@ class LotteryTicket:
                 raise ValueError(
                     f"LotteryTicket: {name!r} is eligible but frozen; set requires_grad on it, or narrow eligible"
                 )
-            if (name in chosen or parameter.requires_grad) and (
-                reason := describe_unusable(parameter)
-            ):
+            if (name in chosen or parameter.requires_grad) and (reason := unusable(parameter)):
                 raise ValueError(f"LotteryTicket: parameter {name!r} {reason}")
         self.k = resolve_k(k, density, sum(p.numel() for p in chosen.values()))
         self.model = model
@@ -208,24 +215,28 @@ class LotteryTicket:
         model = self.model
         start = self.theta0 = Snapshot(model, self._snapshot_device)
         composition = active(model)
+        phase: Phase | None = None
         try:
-            if self.criterion == "random":
-                self.support = self._select(start)
-            else:
+            if self.criterion != "random":
                 train(self._phase("full", None))
-                self.support = self._select(start)
-                start.restore(model)
+            self.support = self._select(start)
+            self._rewind(start)
             phase = self._phase("sparse", self.support)
             train(phase)
             return self._extract(phase, start, composition, meta)
         finally:
-            for parameter in model.parameters():
-                parameter.grad = None
-            start.restore(model)
+            if phase is not None:
+                phase.release()
+            self._rewind(start)
+
+    def _rewind(self, start: Snapshot) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        start.restore(self.model)
 
     def _phase(self, name: str, support: Support | None) -> Phase:
         assert self.theta0 is not None
-        return Phase(name, self.model, support, self.theta0, self.l1, self.l1_heads)
+        return Phase(name, self.model, support, self.theta0, self.l1, self.l1_heads, self._eligible)
 
     def _select(self, start: Snapshot) -> Support:
         return select(
@@ -263,9 +274,11 @@ class LotteryTicket:
             )
         assert phase.support is not None
         layout = phase.support.layout
+        tied = aliases(self.model)
+        if shared := {n: tied[n] for n in layout.names if n in tied}:
+            meta.setdefault("aliases", shared)
         optimizer = phase.made
-        if isinstance(optimizer, MaskedAdamW) and optimizer.holds():
-            optimizer.detach_hooks()
+        if isinstance(optimizer, MaskedAdamW) and optimizer.holds(self.model):
             delta = optimizer.delta(self.eps, **meta)
         else:
             # The training function put other weights there: the best checkpoint, say.
@@ -287,6 +300,7 @@ class LotteryTicket:
             full, half = digest([bare[n] for n in layout.names], support.idx, support.ptr).tolist()
             mask = (1 << 64) - 1
             delta.meta["base"] = {
+                **delta.meta.get("base", {}),
                 "digest_f32": f"{full & mask:016x}",
                 "digest_bf16": f"{half & mask:016x}",
             }

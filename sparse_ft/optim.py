@@ -470,11 +470,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def holds(self) -> bool:
+    def holds(self, model: nn.Module | None = None) -> bool:
         """Whether the weights are where the last step left them: w = round(θ0 + δ) at every tuned
-        entry."""
+        entry, and (where a model is given) they are still that model's parameters."""
+        mine = None if model is None else {id(p) for p in model.parameters()}
         return all(
-            torch.equal(
+            (mine is None or mine.issuperset(map(id, unit.parameters)))
+            and torch.equal(
                 _bits(_read(unit.support, unit.parameters)),
                 _bits((unit.theta0.to(torch.float32) + unit.delta).to(unit.theta0.dtype)),
             )
