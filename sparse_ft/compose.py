@@ -59,7 +59,8 @@ class Composition:
         deltas: The deltas, in the order given.
         weights: Their weights.
         changed: Distinct entries that a sum other than 0 was added to.
-        swallowed: Of those, entries whose weight stayed the same, since the sum was below half its last place.
+        swallowed: Of those, entries whose weight stayed the same, since the sum was below half its
+            last place.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class Composition:
 
     @property
     def swallowed_share(self) -> float:
-        """Share of the changed entries whose weight swallowed the change; lower precision swallows more."""
+        """Share of the changed entries whose weight swallowed the change."""
         return self.swallowed / self.changed if self.changed else 0.0
 
     def __enter__(self) -> Composition:
@@ -228,7 +229,7 @@ def _make_group(
 def _renamed(
     delta: SparseDelta, own_names: list[str], to_model: dict[str, str]
 ) -> tuple[Support, Tensor]:
-    """A delta's entries of some tensors, under the names that the model uses, in the model's order."""
+    """A delta's entries of some tensors, under the model's names and in their order."""
     support, val = delta.support, delta.val
     target = sorted(own_names, key=lambda own: to_model[own])
     if len(own_names) < len(support.layout) or target != list(support.layout.names):
@@ -275,26 +276,28 @@ def compose(
     compat: str | None = None,
     allow_base_mismatch: bool = False,
 ) -> Composition:
-    """Puts sparse fine-tunings on a model, in place: w = round(θ0 + Σ α·φ), at every selected entry.
+    """Puts sparse fine-tunings on a model, in place: w = round(θ0 + Σ α·φ).
 
-    The sum is formed in fp32 in an order that does not depend on the order of the list, and rounded once to the data type
-    of the weights. Everything is checked before the first write; addresses of parameters do not change.
+    The sum is formed in fp32 in an order that does not depend on the order of the list, and rounded
+    once to the data type of the weights. Everything is checked before the first write; addresses of
+    parameters do not change.
 
     Args:
         model: The base model. It must carry no other composition.
         deltas: Deltas made for this base model (each checks that by its digest).
         weights: One finite α for each; default 1. Negative values subtract.
-        heads: The deltas, of those given, whose fully tuned tensors are to be put on the model as well, as a task's
-            classifier must be.
-        compat: "sequential" adds one delta after the other in the order given, each rounded, as the LT-SFT reference
-            implementation does.
+        heads: The deltas, of those given, whose fully tuned tensors are to be put on the model as
+            well, as a task's classifier must be.
+        compat: "sequential" adds one delta after the other in the order given, each rounded, as the
+            LT-SFT reference implementation does.
         allow_base_mismatch: Apply even where the digest says that the base model is another one.
 
     Returns:
         A `Composition`: a context manager, and a handle with `restore()`.
 
     Raises:
-        SFTError: A delta does not fit the model; the message names delta and parameter. The model is untouched.
+        SFTError: A delta does not fit the model; the message names delta and parameter. The model
+            is untouched.
         RuntimeError: Another composition is on the model.
     """
     if not isinstance(model, nn.Module):
@@ -327,7 +330,8 @@ def compose(
         raise ValueError(f'compose: compat must be None or "sequential", got {compat!r}')
     if (other := active(model)) is not None:
         raise RuntimeError(
-            f"compose: {other!r} is on this model already; restore it first, or pass all deltas in one call"
+            f"compose: {other!r} is on this model already; restore it first, or pass all deltas "
+            "in one call"
         )
     for delta in chosen:
         if delta.kind != "diff":

@@ -1,11 +1,14 @@
 """What a model is made of, found by its structure: backbone, head, norms, tied output embeddings.
 
-Nothing here imports transformers; its models are recognised by the methods and attributes that they offer.
+Nothing here imports transformers; its models are recognised by the methods and attributes that they
+offer.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,10 +29,13 @@ _NORM_TYPES: tuple[type[nn.Module], ...] = (
     nn.RMSNorm,
     nn.modules.batchnorm._NormBase,
 )
+# RMSNorm, LlamaRMSNorm, LayerNorm2d, MambaRMSNormGated; not NormalHead.
+_NORM_NAME = re.compile(r"norm(\dd|gated|fp32)?$", re.IGNORECASE)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name, each once: a tied one under the name that `model.named_parameters()` gives it.
+    """Parameters by name, each once: a tied one under the name that `model.named_parameters()`
+    gives it.
 
     Raises:
         TypeError: `model` is not a module.
@@ -68,24 +74,26 @@ def unusable(tensor: object) -> str | None:
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The part of a model that is pretrained: what a Hugging Face model calls its base model, else all of it."""
+    """The pretrained part of a model: a Hugging Face model's base model, else all of it."""
     prefix = getattr(model, "base_model_prefix", "")
     inner = getattr(model, prefix, None) if isinstance(prefix, str) and prefix else None
     return inner if isinstance(inner, nn.Module) else model
 
 
 def backbone_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that belong to the backbone, as `model.named_parameters()` gives them.
+    """Names of the parameters that belong to the backbone, as `model.named_parameters()` gives
+    them.
 
-    Membership goes by the parameter itself, not by a prefix of its name, so a tied embedding counts whatever it is called.
+    Membership goes by the parameter itself, not by a prefix of its name, so a tied embedding counts
+    whatever it is called.
     """
     inside = {id(parameter) for parameter in backbone(model).parameters()}
     return {name for name, parameter in named_parameters(model).items() if id(parameter) in inside}
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Is this a normalisation layer? Torch's own types, and any class whose name says so (RMSNorm, LlamaRMSNorm, …)."""
-    return isinstance(module, _NORM_TYPES) or type(module).__name__.lower().endswith("norm")
+    """Is this a normalisation layer, by torch's own types or by the name of its class?"""
+    return isinstance(module, _NORM_TYPES) or bool(_NORM_NAME.search(type(module).__name__))
 
 
 def freeze_norms(model: nn.Module, *, by_name: bool = False) -> list[str]:
@@ -93,18 +101,20 @@ def freeze_norms(model: nn.Module, *, by_name: bool = False) -> list[str]:
 
     Args:
         model: Any module.
-        by_name: Freeze the parameters whose name contains "LayerNorm" instead. The LT-SFT reference implementation does
-            that, and so misses norms of other names, such as the one in XLM-R's language-model head.
+        by_name: Freeze the parameters whose name contains "LayerNorm" instead. The LT-SFT reference
+            implementation does that, and so misses norms of other names, such as the one in XLM-R's
+            language-model head.
 
     Returns:
         The names of the parameters that are frozen now and were not before.
     """
+    parameters = named_parameters(model)
     if by_name:
         chosen = {id(p) for name, p in model.named_parameters() if "LayerNorm" in name}
     else:
         chosen = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
     frozen = []
-    for name, parameter in named_parameters(model).items():
+    for name, parameter in parameters.items():
         if id(parameter) in chosen and parameter.requires_grad:
             parameter.requires_grad_(False)
             frozen.append(name)
@@ -114,12 +124,14 @@ def freeze_norms(model: nn.Module, *, by_name: bool = False) -> list[str]:
 def decouple_output_embeddings(model: nn.Module, *, freeze: bool = True) -> list[str]:
     """Gives the output embeddings a matrix of their own, with the same values, and freezes it.
 
-    LT-SFT does so while it learns a language (paper §4.2): the input embeddings stay trainable and the output matrix does not
-    move. A bias of the output layer stays as it is. `config.tie_word_embeddings` is switched off, so the two matrices stay
-    apart through saving and loading.
+    LT-SFT does so while it learns a language (paper §4.2): the input embeddings stay trainable and
+    the output matrix does not move. A bias of the output layer stays as it is, and so do all other
+    ties. The two matrices stay apart through `tie_weights()`, saving and loading; the loaded model
+    is trainable throughout, so call this again on it.
 
     Args:
-        model: A model with `get_output_embeddings()` and `get_input_embeddings()`, as Hugging Face models have.
+        model: A model with `get_output_embeddings()` and `get_input_embeddings()`, as Hugging Face
+            models have.
         freeze: Freeze the output matrix. False leaves it trainable.
 
     Returns:
@@ -132,7 +144,8 @@ def decouple_output_embeddings(model: nn.Module, *, freeze: bool = True) -> list
     find_in = getattr(model, "get_input_embeddings", None)
     if not callable(find_out) or not callable(find_in):
         raise TypeError(
-            f"decouple_output_embeddings: {type(model).__name__} has no get_output_embeddings() and "
+            f"decouple_output_embeddings: {type(model).__name__} has no get_output_embeddings() "
+            "and "
             "get_input_embeddings(); replace its output matrix by a frozen copy yourself"
         )
     output, embedding = find_out(), find_in()
@@ -143,18 +156,37 @@ def decouple_output_embeddings(model: nn.Module, *, freeze: bool = True) -> list
         output.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     if freeze:
         output.weight.requires_grad_(False)
-    for config in _configs(model):
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
+    _forget_tie(model, output.weight)
     return [
         name for name, p in model.named_parameters(remove_duplicate=False) if p is output.weight
     ]
 
 
-def _configs(model: nn.Module) -> Iterator[object]:
-    config = getattr(model, "config", None)
-    if config is not None:
-        yield config
-        get_text = getattr(config, "get_text_config", None)
-        if callable(get_text) and (text := get_text()) is not config:
-            yield text
+def _forget_tie(model: nn.Module, weight: nn.Parameter) -> None:
+    """Keeps `tie_weights()` from tying an output matrix again, and all other ties as they are."""
+    tables: list[Any] = [
+        m
+        for m in model.modules()
+        if isinstance(getattr(m, "_tied_weights_keys", None), dict)
+        and hasattr(m, "get_expanded_tied_weights_keys")
+    ]
+    for module in tables:
+        # transformers ≥ 5 ties by a table of names. The configuration stays on: off, the next
+        # loading would lose the other ties, those of the output bias and of a decoder's input.
+        own = {n for n, p in module.named_parameters(remove_duplicate=False) if p is weight}
+        expanded = module.get_expanded_tied_weights_keys(all_submodels=False)
+        module._tied_weights_keys = _without(own, expanded)
+        if isinstance(getattr(module, "all_tied_weights_keys", None), dict):
+            module.all_tied_weights_keys = _without(own, module.all_tied_weights_keys)
+    if tables:
+        return
+    config: Any = getattr(model, "config", None)
+    get_text = getattr(config, "get_text_config", None)
+    parts: list[Any] = [config, get_text() if callable(get_text) else None]
+    for part in parts:
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+def _without(names: set[str], table: dict[str, str]) -> dict[str, str]:
+    return {a: b for a, b in table.items() if a not in names and b not in names}

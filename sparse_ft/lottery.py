@@ -1,7 +1,7 @@
 """LotteryTicket: both phases of LT-SFT around any training function.
 
-Full tuning finds the entries that move most; everything is rewound; sparse tuning of those entries alone gives φ
-(Ansell et al., ACL 2022, algorithm 1).
+Full tuning finds the entries that move most; everything is rewound; sparse tuning of those entries
+alone gives φ (Ansell et al., ACL 2022, algorithm 1).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["LotteryTicket", "Phase"]
 
 @dataclass
 class Phase:
-    """What a training function gets: the model at its start, and the optimizer that this phase needs.
+    """What a training function gets: the model at its start, and this phase's optimizer.
 
     Attributes:
         name: "full" or "sparse".
@@ -46,14 +46,14 @@ class Phase:
     made: torch.optim.Optimizer | None = None
 
     def optimizer(self, max_grad_norm: float | None = None, **adamw: Any) -> torch.optim.Optimizer:
-        """The optimizer of this phase: AdamW over all trainable parameters, or `MaskedAdamW` over the selected entries.
+        """The optimizer of this phase: AdamW over everything, or `MaskedAdamW` over the support.
 
         The L1 term is inside it, and so is clipping: the order is mask, L1, clip in both phases.
 
         Args:
             max_grad_norm: Norm to clip to; default: no clipping.
-            **adamw: lr (default 5e-5), betas, eps, weight_decay (default 0); for the sparse phase also
-                gather="hook".
+            **adamw: lr (default 5e-5), betas, eps, weight_decay (default 0); for the sparse phase
+                also gather="hook".
 
         Returns:
             A `torch.optim.Optimizer`: schedulers and gradient scalers work with it.
@@ -112,7 +112,8 @@ class _AnchorAndClip:
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
-                "LotteryTicket: the gradients are still scaled; call scaler.unscale_(optimizer) before scaler.step()"
+                "LotteryTicket: the gradients are still scaled; call scaler.unscale_(optimizer) "
+                "before scaler.step()"
             )
         if self.coeff:
             groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -140,22 +141,27 @@ def _contiguous_grad(parameter: nn.Parameter) -> Tensor:
 class LotteryTicket:
     """Lottery-ticket sparse fine-tuning of one model.
 
-    Entries are selected among the *eligible* parameters. A trainable parameter that is not eligible is a *head*: tuned in
-    full in both phases, from the same values, and stored with the result. Freeze what must not move
-    (`sparse_ft.freeze_norms`, `sparse_ft.decouple_output_embeddings`) before the ticket is made.
+    Entries are selected among the *eligible* parameters. A trainable parameter that is not eligible
+    is a *head*: tuned in full in both phases, from the same values, and stored with the result.
+    Freeze what must not move (`sparse_ft.freeze_norms`, `sparse_ft.decouple_output_embeddings`)
+    before the ticket is made.
 
     Args:
-        model: Any module. Where a composition is on it (a source language's SFT, say), that is the start: φ does not
-            contain it, and the result records that it was trained on it.
+        model: Any module. Where a composition is on it (a source language's SFT, say), that is the
+            start: φ does not contain it, and the result records that it was trained on it.
         k: Entries to select.
         density: Their share of the eligible entries instead.
-        l1: λ of the term λ/N · Σ|θ − θ0| in both phases (the paper: 0.1 for languages, 0 for tasks).
+        l1: λ of the term λ/N · Σ|θ − θ0| in both phases (the paper: 0.1 for languages, 0 for
+            tasks).
         l1_heads: Whether that sum holds the heads too, as in the reference implementation.
-        eligible: `(name, parameter) -> bool`, or names; default: the trainable parameters of the backbone.
-        criterion: "magnitude" (LT-SFT), "random" (RAND-SFT: no full phase), or a function, as in `sparse_ft.select`.
+        eligible: `(name, parameter) -> bool`, or names; default: the trainable parameters of the
+            backbone.
+        criterion: "magnitude" (LT-SFT), "random" (RAND-SFT: no full phase), or a function, as in
+            `sparse_ft.select`.
         seed: For "random".
         tie: As in `sparse_ft.select`.
-        eps: Entries of the result with |φ| ≤ eps are dropped, if eps > 0 (the reference implementation: 1e-7).
+        eps: Entries of the result with |φ| ≤ eps are dropped, if eps > 0 (the reference
+            implementation: 1e-7).
         snapshot_device: Where to keep the start's values, for instance "cpu".
 
     Raises:
@@ -183,7 +189,8 @@ class LotteryTicket:
         for name, parameter in named_parameters(model).items():
             if name in chosen and not parameter.requires_grad:
                 raise ValueError(
-                    f"LotteryTicket: {name!r} is eligible but frozen; set requires_grad on it, or narrow eligible"
+                    f"LotteryTicket: {name!r} is eligible but frozen; set requires_grad on it, or "
+                    "narrow eligible"
                 )
             if (name in chosen or parameter.requires_grad) and (reason := unusable(parameter)):
                 raise ValueError(f"LotteryTicket: parameter {name!r} {reason}")
@@ -204,13 +211,14 @@ class LotteryTicket:
         """Runs both phases and gives the model back as it was.
 
         Args:
-            train: Called once per phase with a `Phase`; it trains `phase.model` with `phase.optimizer(...)`. What it
-                leaves in the model at its end (the last state, or the best one) is what counts.
+            train: Called once per phase with a `Phase`; it trains `phase.model` with
+                `phase.optimizer(...)`. What it leaves in the model at its end (the last state, or
+                the best one) is what counts.
             **meta: Fields of the result's metadata, such as role, lang, task, license.
 
         Returns:
-            φ, with the heads, as a `SparseDelta`. The model has its old values again, bit for bit, also after an
-            exception; `sparse_ft.compose` puts φ on it.
+            φ, with the heads, as a `SparseDelta`. The model has its old values again, bit for bit,
+            also after an exception; `sparse_ft.compose` puts φ on it.
         """
         model = self.model
         start = self.theta0 = Snapshot(model, self._snapshot_device)

@@ -85,7 +85,8 @@ def merge(
     for j, delta in enumerate(chosen):
         if delta.kind != "diff":
             raise SFTError(
-                f"merge: deltas[{j}] is of kind {delta.kind!r}: it replaces values and cannot be added"
+                f"merge: deltas[{j}] is of kind {delta.kind!r}: it replaces values and cannot be "
+                "added"
             )
     union = union_layout("merge", chosen)
     order = sorted(range(len(chosen)), key=lambda j: chosen[j].content_id)
@@ -161,7 +162,8 @@ def union_layout(op: str, deltas: Sequence[SparseDelta]) -> Layout:
         for name, shape in zip(delta.layout.names, delta.layout.shapes, strict=True):
             if shapes.setdefault(name, shape) != shape:
                 raise SFTError(
-                    f"{op}: {name!r} has shape {shapes[name]} in an earlier delta and {shape} in deltas[{j}]; "
+                    f"{op}: {name!r} has shape {shapes[name]} in an earlier delta and {shape} in "
+                    f"deltas[{j}]; "
                     "they belong to different base models"
                 )
     return Layout.of(shapes)

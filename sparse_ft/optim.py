@@ -25,10 +25,10 @@ __all__ = ["MaskedAdamW"]
 
 @dataclass(eq=False)
 class _Unit:
-    """The entries that one call of the kernel updates: those of one parameter group, one device and one data type.
+    """The entries that one call of the kernel updates: one group, one device, one data type.
 
-    `entries` is their distance δ from the start, as an fp32 Parameter of the optimizer: its `.grad` is the compact
-    gradient, so gradient scalers and clipping see K numbers rather than N.
+    `entries` is their distance δ from the start, as an fp32 Parameter of the optimizer: its `.grad`
+    is the compact gradient, so gradient scalers and clipping see K numbers rather than N.
     """
 
     names: list[str]
@@ -68,34 +68,37 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]] | Iterable[dict[str, Any]] 
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW that moves only the selected entries of a model; all others keep their bits.
 
-    The update is that of `torch.optim.AdamW` (decoupled decay, bias correction, ε outside the square root), in fp32
-    whatever the data type of the weights. The state of an entry is its distance δ from the start, and two moments: 12 bytes
-    for each selected entry, nothing for the rest. The weight is always round(θ0 + δ), so δ is the sparse fine-tuning φ
-    itself, without a subtraction at the end.
+    The update is that of `torch.optim.AdamW` (decoupled decay, bias correction, ε outside the
+    square root), in fp32 whatever the data type of the weights. The state of an entry is its
+    distance δ from the start, and two moments: 12 bytes for each selected entry, nothing for the
+    rest. The weight is always round(θ0 + δ), so δ is the sparse fine-tuning φ itself, without a
+    subtraction at the end.
 
-    A trainable parameter outside the layout of the support is a *head*: all of it is tuned, by the same rule. A parameter
-    without a gradient counts as one with gradient 0.
+    A trainable parameter outside the layout of the support is a *head*: all of it is tuned, by the
+    same rule. A parameter without a gradient counts as one with gradient 0.
 
     Args:
-        params: `model.named_parameters()`, or a list of groups whose "params" are (name, parameter) pairs, or the model.
+        params: `model.named_parameters()`, or a list of groups whose "params" are (name, parameter)
+            pairs, or the model.
         support: The entries to tune, as `sparse_ft.select` gives them.
         theta0: The values at the start, by name; default: the weights now.
         lr: Learning rate, ≥ 0.
         betas: Decay rates of the moments, in [0, 1).
         eps: ε, ≥ 0.
         weight_decay: Decoupled decay of the tuned entries, ≥ 0.
-        l1: λ of the L1 term λ/N · Σ|θ − θ0| (LT-SFT §3.2), ≥ 0. Its gradient is added in fp32, before clipping.
+        l1: λ of the L1 term λ/N · Σ|θ − θ0| (LT-SFT §3.2), ≥ 0. Its gradient is added in fp32,
+            before clipping.
         l1_numel: N; default: the elements of all parameters given, frozen ones included.
         l1_heads: Whether the L1 term holds the heads too, as in the reference implementation.
-        max_grad_norm: Clips the norm of all tuned gradients (selected entries and heads, with the L1 term) to this value,
-            inside the step.
-        gather: "step" reads the dense gradients when `step()` is called. "hook" gathers the selected entries of each
-            gradient as soon as autograd has finished it and frees the dense one, so that at most one lives at a time;
-            repeated backward passes accumulate.
+        max_grad_norm: Clips the norm of all tuned gradients (selected entries and heads, with the
+            L1 term) to this value, inside the step.
+        gather: "step" reads the dense gradients when `step()` is called. "hook" gathers the
+            selected entries of each gradient as soon as autograd has finished it and frees the
+            dense one, so that at most one lives at a time; repeated backward passes accumulate.
 
     Raises:
-        ValueError: The support names a parameter that is missing, frozen, of another shape or unusable, or a
-            hyper-parameter is out of range.
+        ValueError: The support names a parameter that is missing, frozen, of another shape or
+            unusable, or a hyper-parameter is out of range.
     """
 
     # GradScaler hands its scale over and lets the step divide by it, without a synchronisation.
@@ -156,7 +159,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         missing = [n for n, c in support.counts().items() if c and n not in self._numels]
         if missing:
             raise ValueError(
-                f"MaskedAdamW: the support selects entries of {missing[0]!r}, which is not among the parameters given"
+                f"MaskedAdamW: the support selects entries of {missing[0]!r}, which is not among "
+                "the parameters given"
             )
         if not self._units:
             raise ValueError(
@@ -168,8 +172,6 @@ class MaskedAdamW(torch.optim.Optimizer):
         """N of the L1 term λ/N · Σ|θ − θ0|."""
         return sum(self._numels.values()) if self._l1_numel is None else self._l1_numel
 
-    # --- construction -------------------------------------------------------------------------------------------
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its "params" are (name, parameter) pairs."""
         group = dict(param_group)
@@ -177,7 +179,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         for pair in pairs:
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise ValueError(
-                    "MaskedAdamW: parameters must come with their names, as model.named_parameters() gives them"
+                    "MaskedAdamW: parameters must come with their names, as "
+                    "model.named_parameters() gives them"
                 )
         group["params"] = [(n, p) for n, p in pairs if p.requires_grad]
         settings = {**self.defaults, **group}
@@ -193,8 +196,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 raise ValueError(f"MaskedAdamW: parameter {name!r} is given twice")
             if (owner := owners.setdefault(id(parameter), name)) != name:
                 raise ValueError(
-                    f"MaskedAdamW: {name!r} is {owner!r} under another name (tied); give it once, as "
-                    "model.named_parameters() does"
+                    f"MaskedAdamW: {name!r} is {owner!r} under another name (tied); "
+                    "give it once, as model.named_parameters() does"
                 )
             lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
             if (parameter.requires_grad or lazy) and (reason := unusable(parameter)):
@@ -278,7 +281,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 value = self._theta0[name]
                 if value.shape != parameters[i].shape or value.dtype != dtype:
                     raise ValueError(
-                        f"MaskedAdamW: theta0[{name!r}] is {value.dtype} of shape {tuple(value.shape)}, "
+                        f"MaskedAdamW: theta0[{name!r}] is {value.dtype} of shape "
+                        f"{tuple(value.shape)}, "
                         f"the parameter {dtype} of shape {tuple(parameters[i].shape)}"
                     )
                 start[i] = value.detach().to(device)
@@ -330,12 +334,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def detach_hooks(self) -> None:
-        """Removes the gradient hooks (gather="hook"), after which the model's gradients are ordinary ones again."""
+        """Removes the gradient hooks (gather="hook"): the model keeps its gradients again."""
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
-
-    # --- the step -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -435,18 +437,18 @@ class MaskedAdamW(torch.optim.Optimizer):
             unit.entries.grad = None
         super().zero_grad(set_to_none)
 
-    # --- results and state --------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def delta(self, eps: float = 0.0, **meta: Any) -> SparseDelta:
-        """The sparse fine-tuning learnt so far: φ = δ at the selected entries, and the heads' values.
+        """The sparse fine-tuning so far: φ = δ at the selected entries, and the heads.
 
         Args:
-            eps: Entries with |φ| ≤ eps are dropped, if eps > 0 (the LT-SFT reference implementation uses 1e-7).
+            eps: Entries with |φ| ≤ eps are dropped, if eps > 0 (the LT-SFT reference implementation
+                uses 1e-7).
             **meta: Fields of the file's metadata, such as role, lang, task, license.
 
         Returns:
-            A `SparseDelta` over the layout of the support, on the CPU, independent of the optimizer.
+            A `SparseDelta` over the layout of the support, on the CPU, independent of the
+            optimizer.
         """
         val = torch.zeros(self.support.nnz, dtype=torch.float32)
         base: dict[str, Tensor] = {}
@@ -484,7 +486,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds. Copy the model in the same call, so that both copies stay together."""
+        """What a copy or a pickle holds. Copy the model in the same call: they stay together."""
         own = (
             *("support", "max_grad_norm", "grad_norm", "_theta0", "_l1_heads", "_l1_numel"),
             *("_hooked", "_units", "_idle", "_numels", "_aliases"),
@@ -502,7 +504,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._hooks += [_drop_grads(p) for p in self._idle]
 
     def state_dict(self) -> dict[str, Any]:
-        """State of every unit, and the groups; tensors are copies' sources, as in every torch optimizer."""
+        """The state of all selected entries and the groups; its tensors are the optimizer's own."""
         units = []
         for group, unit in self._units:
             units.append(
@@ -532,7 +534,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Takes up a stored state, and puts the weights where that state has them.
 
         Raises:
-            ValueError: The state belongs to another optimizer, another support or another start. Nothing changes then.
+            ValueError: The state belongs to another optimizer, another support or another start.
+                Nothing changes then.
         """
         if state_dict.get("format") != "sparse_ft.MaskedAdamW" or state_dict.get("version") != 1:
             raise ValueError(
@@ -541,7 +544,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         stored, groups = state_dict["state"], state_dict["param_groups"]
         if len(stored) != len(self._units) or len(groups) != len(self.param_groups):
             raise ValueError(
-                f"MaskedAdamW.load_state_dict: the state has {len(groups)} groups and {len(stored)} units, "
+                f"MaskedAdamW.load_state_dict: the state has {len(groups)} groups and "
+                f"{len(stored)} units, "
                 f"this optimizer {len(self.param_groups)} and {len(self._units)}"
             )
         for saved, (_, unit) in zip(stored, self._units, strict=True):
@@ -557,7 +561,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                     raise ValueError(f"MaskedAdamW.load_state_dict: {where}: {key} does not fit")
             if not torch.equal(_bits(saved["theta0"].to(unit.theta0.device)), _bits(unit.theta0)):
                 raise ValueError(
-                    f"MaskedAdamW.load_state_dict: {where} starts from other values than the state; "
+                    f"MaskedAdamW.load_state_dict: {where} starts from other values than the "
+                    "state; "
                     "pass the theta0 of the run that was saved"
                 )
         for group, saved_group in zip(self.param_groups, groups, strict=True):
@@ -621,7 +626,8 @@ def _usable_grad(name: str, parameter: Tensor) -> Tensor:
     assert grad is not None
     if grad.layout is not torch.strided:
         raise ValueError(
-            f"MaskedAdamW: the gradient of {name!r} is sparse ({grad.layout}); build its layer with sparse=False"
+            f"MaskedAdamW: the gradient of {name!r} is sparse ({grad.layout}); build its layer "
+            "with sparse=False"
         )
     return grad.contiguous()
 
@@ -633,7 +639,7 @@ def _grad_of(name: str, parameter: nn.Parameter) -> Tensor:
 
 
 def _fill_missing(unit: _Unit) -> None:
-    """Zeroes the compact gradient of parameters that autograd has not reached since the last step."""
+    """Zeroes the compact gradient of parameters that no backward pass has reached."""
     for i, name in enumerate(unit.names):
         if i not in unit.fresh:
             unit.gathered[unit.support.entries_of(name)] = 0

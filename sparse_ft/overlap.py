@@ -69,7 +69,8 @@ class Overlap:
     def __repr__(self) -> str:
         n = len(self.nnz)
         lines = [
-            f"Overlap of {n} deltas over {self.numel:,} entries: share of the row's entries in the column, %"
+            f"Overlap of {n} deltas over {self.numel:,} entries: share of the row's entries in "
+            "the column, %"
         ]
         for i in range(n):
             cells = " ".join(f"{100 * self.share[i, j]:6.2f}" for j in range(n))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_ft_kernels import NonFiniteError
 
-from .criteria import CRITERIA, Candidates, largest
+from .criteria import CRITERIA, Candidates, Choice, largest
 from .families import backbone_names, check_usable, named_parameters
 from .tiles import Layout, Support
 
@@ -28,8 +28,8 @@ def eligible_parameters(model: nn.Module, eligible: Eligible = None) -> dict[str
 
     Args:
         model: Any module.
-        eligible: A callable `(name, parameter) -> bool` or a set of names; default: the trainable parameters of the
-            backbone.
+        eligible: A callable `(name, parameter) -> bool` or a set of names; default: the trainable
+            parameters of the backbone.
 
     Raises:
         ValueError: A name is unknown, or nothing is eligible.
@@ -43,7 +43,8 @@ def eligible_parameters(model: nn.Module, eligible: Eligible = None) -> dict[str
     trainable = {n: p for n, p in sorted(parameters.items()) if n in inside and p.requires_grad}
     if not trainable:
         raise ValueError(
-            f"no parameter of the backbone of {type(model).__name__} is trainable, so none is eligible; "
+            f"no parameter of the backbone of {type(model).__name__} is trainable, so none is "
+            "eligible; "
             "set requires_grad on some, or name them with eligible="
         )
     return trainable
@@ -70,7 +71,7 @@ def _chosen(
 
 
 def resolve_k(k: int | None, density: float | None, numel: int) -> int:
-    """The number of entries to select, from a count or from a share of `numel` (rounded down, at least 1).
+    """Entries to select: a count, or a share of `numel` (rounded down, at least 1).
 
     Raises:
         ValueError: Both or neither are given, or the one given is out of range.
@@ -109,25 +110,29 @@ def select(
     """Selects the K entries of a model that rank highest, over all eligible parameters at once.
 
     Args:
-        model: A module, or a mapping from names to tensors (all of which are then eligible): the values now. Give fp32
-            values where an fp32 master exists: differences of bf16 weights are mostly tied.
+        model: A module, or a mapping from names to tensors (all of which are then eligible): the
+            values now. Give fp32 values where an fp32 master exists: differences of bf16 weights
+            are mostly tied.
         theta0: The values at the start, for instance a `Snapshot`.
         k: Entries to select.
         density: Their share of the eligible entries instead, in (0, 1].
         criterion: "magnitude" (largest |θ1 − θ0|), "random" (seeded, uniform), or a function
-            `(name, now, start) -> scores` whose largest |scores| are taken; scores have the tensor's shape.
-        eligible: `(name, parameter) -> bool`, or names; default: the trainable parameters of the backbone.
-        exclude: A support whose entries must not be selected (later rounds of iterative LT-SFT; disjoint tasks).
+            `(name, now, start) -> scores` whose largest |scores| are taken; scores have the
+            tensor's shape.
+        eligible: `(name, parameter) -> bool`, or names; default: the trainable parameters of the
+            backbone.
+        exclude: A support whose entries must not be selected (later rounds of iterative LT-SFT;
+            disjoint tasks).
         seed: For "random".
-        tie: "index" selects exactly K, the first by (name, position) among equals; "all" selects every entry that
-            reaches the threshold, as the LT-SFT reference implementation does.
+        tie: "index" selects exactly K, the first by (name, position) among equals; "all" selects
+            every entry that reaches the threshold, as the LT-SFT reference implementation does.
 
     Returns:
         The support, over the eligible parameters. Its `info` holds threshold and ties.
 
     Raises:
-        ValueError: Unusable parameters, k or density out of range, NaN or infinity (with the parameter's name), or a
-            start that does not fit.
+        ValueError: Unusable parameters, k or density out of range, NaN or infinity (with the
+            parameter's name), or a start that does not fit.
     """
     if isinstance(model, Mapping):
         tensors: dict[str, Tensor] = {name: model[name] for name in sorted(model)}
@@ -145,7 +150,8 @@ def select(
     devices = sorted({str(t.device) for t in current})
     if len(devices) > 1:
         raise ValueError(
-            f"select: the parameters lie on {', '.join(devices)}; selection ranks them together, so move them to one "
+            f"select: the parameters lie on {', '.join(devices)}; selection ranks them together, "
+            "so move them to one "
             "device, or name those of one device with eligible="
         )
 
@@ -153,7 +159,8 @@ def select(
     if theta0 is not None:
         if not isinstance(theta0, Mapping):
             raise TypeError(
-                f"select: theta0 must be a mapping from names to tensors, such as sf.snapshot(model), "
+                "select: theta0 must be a mapping from names to tensors, such as "
+                "sf.snapshot(model), "
                 f"got {type(theta0).__name__}"
             )
         for name in names:
@@ -180,20 +187,23 @@ def select(
             score = criterion(name, current[i], start[i] if start else None)
             if not isinstance(score, Tensor):
                 raise ValueError(
-                    f"select: the criterion gave a {type(score).__name__} for {name!r}, not a tensor of scores"
+                    f"select: the criterion gave a {type(score).__name__} for {name!r}, not a "
+                    "tensor of scores"
                 )
             if score.shape != current[i].shape:
                 raise ValueError(
-                    f"select: the criterion gave scores of shape {tuple(score.shape)} for {name!r}, "
+                    f"select: the criterion gave scores of shape {tuple(score.shape)} for "
+                    f"{name!r}, "
                     f"which has shape {tuple(current[i].shape)}"
                 )
             scores.append(score.detach().to(torch.float32).contiguous())
         candidates = Candidates(names, scores, (), count, skip, seed, tie)
-        choose = largest
+        choose: Callable[[Candidates], Choice] = largest
     else:
         if criterion not in CRITERIA:
             raise ValueError(
-                f"select: unknown criterion {criterion!r}; there are {', '.join(sorted(CRITERIA))}, or pass a function"
+                f"select: unknown criterion {criterion!r}; there are "
+                f"{', '.join(sorted(CRITERIA))}, or pass a function"
             )
         candidates = Candidates(names, current, start, count, skip, seed, tie)
         choose = CRITERIA[criterion]
@@ -201,7 +211,8 @@ def select(
         idx, ptr, info = choose(candidates)
     except NonFiniteError as error:
         raise ValueError(
-            f"select: parameter {names[error.ordinal]!r} holds NaN or infinity, so its entries cannot be ranked; "
+            f"select: parameter {names[error.ordinal]!r} holds NaN or infinity, so its entries "
+            "cannot be ranked; "
             "the training has diverged there, or exclude it with eligible="
         ) from error
     support = Support(layout, idx, ptr, check=False)
@@ -215,8 +226,10 @@ def select(
         }
         if threshold == 0.0:
             warnings.warn(
-                f"select: only {int(info[2])} entries moved, fewer than the {count} wanted; the other "
-                f"{int(info[4])} were filled up in order of (name, position). Train longer, lower k, or give fp32 values.",
+                f"select: only {int(info[2])} entries moved, fewer than the {count} wanted; the "
+                "other "
+                f"{int(info[4])} were filled up in order of (name, position). Train longer, lower "
+                "k, or give fp32 values.",
                 stacklevel=3,  # the caller of select, beyond torch.no_grad's wrapper
             )
     return support

@@ -1,4 +1,4 @@
-"""Snapshot: a bit-exact copy of a model's parameters and buffers, to measure from and to go back to."""
+"""Snapshot: a bit-exact copy of a model's parameters and buffers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from .families import named_parameters
 __all__ = ["Snapshot", "snapshot"]
 
 
+_LAZY = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+
+
 class Snapshot(Mapping[str, Tensor]):
-    """The values that a model had: a mapping from parameter names to tensors, with its buffers beside them.
+    """The values that a model had: a mapping from parameter names to tensors, with its buffers
+    beside them.
 
     Args:
         model: The model to copy. The copies lie on the devices of the originals, or on `device`.
@@ -29,7 +33,8 @@ class Snapshot(Mapping[str, Tensor]):
         """Writes every value back, bit for bit, in place.
 
         Raises:
-            ValueError: The model has other parameters or buffers than the one that was copied. Nothing is written then.
+            ValueError: The model has other parameters or buffers than the one that was copied.
+                Nothing is written then.
         """
         targets: list[tuple[str, dict[str, Tensor], Mapping[str, Tensor]]] = [
             ("parameter", self._parameters, named_parameters(model)),
@@ -78,7 +83,7 @@ def _copies(
 ) -> dict[str, Tensor]:
     copies = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, _LAZY):
             raise ValueError(
                 f"snapshot: {kind} {name!r} has no shape yet; run the model once first"
             )

@@ -1,7 +1,9 @@
-"""Where the entries of a model live: `Layout` names and orders the tensors, `Support` selects entries of them.
+"""Where the entries of a model live: `Layout` names and orders the tensors, `Support` selects
+entries of them.
 
-Every tensor is cut, flat and row-major, into tiles of 65,536 elements that never span two tensors. Tensors are ordered by
-name. A selected entry is one uint16 (its offset inside its tile), and `ptr` says where each tile's entries begin.
+Every tensor is cut, flat and row-major, into tiles of 65,536 elements that never span two tensors.
+Tensors are ordered by name. A selected entry is one uint16 (its offset inside its tile), and `ptr`
+says where each tile's entries begin.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Layout:
         for before, after in zip(self.names, self.names[1:], strict=False):
             if before >= after:
                 raise ValueError(
-                    f"Layout: names must be sorted and unique, but {before!r} stands before {after!r}"
+                    f"Layout: names must be sorted and unique, but {before!r} stands before "
+                    f"{after!r}"
                 )
         for name, shape in zip(self.names, self.shapes, strict=True):
             if any(size < 0 for size in shape):
@@ -70,7 +73,9 @@ class Layout:
 
     @cached_property
     def tile_starts(self) -> np.ndarray:
-        """First tile of each tensor, and the number of tiles at the end (int64 [len(names) + 1])."""
+        """First tile of each tensor, and the number of tiles at the end (int64 [len(names) +
+        1]).
+        """
         tiles = -(-np.asarray(self.numels, dtype=np.int64) // TILE)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(tiles, dtype=np.int64)])
 
@@ -118,7 +123,9 @@ class Layout:
         return slice(int(self.tile_starts[i]), int(self.tile_starts[i + 1]))
 
     def locate(self, tile: int) -> tuple[str, int]:
-        """The tensor that a tile belongs to, and the flat index of the tile's first element in it."""
+        """The tensor that a tile belongs to, and the flat index of the tile's first element in
+        it.
+        """
         i = int(np.searchsorted(self.tile_starts, tile, side="right")) - 1
         return self.names[i], (tile - int(self.tile_starts[i])) * TILE
 
@@ -157,7 +164,8 @@ class Support:
             )
         if self.ptr.dtype != torch.int64 or tuple(self.ptr.shape) != (self.layout.n_tiles + 1,):
             raise ValueError(
-                f"Support: ptr must be int64 of shape ({self.layout.n_tiles + 1},), one more than the "
+                f"Support: ptr must be int64 of shape ({self.layout.n_tiles + 1},), one more than "
+                "the "
                 f"tiles of the layout, got {self.ptr.dtype} of shape {tuple(self.ptr.shape)}"
             )
         code, tile, entry, _ = check_support(self.layout.lengths, self.idx, self.ptr, None).tolist()
