@@ -5,6 +5,7 @@ import gc
 import itertools
 import sys
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,6 +18,15 @@ from sparse_ft.compose import active
 
 HEADS = ("head.weight", "head.bias")
 compose_module = sys.modules["sparse_ft.compose"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are too small for more: threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Model(nn.Module):

@@ -1,6 +1,7 @@
 """LotteryTicket: full tuning, exact rewind, sparse tuning; the model is given back bit for bit."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,6 +10,15 @@ from torch import Tensor, nn
 
 import sparse_ft as sf
 from sparse_ft_kernels import native
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are too small for more: threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

@@ -1,7 +1,10 @@
-"""merge and overlap of deltas: merging then applying is composing; sets are counted as numpy does."""
+"""merge and overlap of deltas: merging then applying is composing; sets are counted as numpy
+does.
+"""
 
 import copy
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +15,15 @@ from torch import nn
 import sparse_ft as sf
 
 SHAPES = {"a": (300, 257), "b": (65_536,), "c": (), "d": (0, 2), "e": (65_537,)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are too small for more: threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Model(nn.Module):

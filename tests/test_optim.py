@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,15 @@ from torch import Tensor, nn
 import sparse_ft as sf
 
 SELECTED = ("emb.weight", "lin.bias", "lin.weight", "norm.weight")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are too small for more: threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

@@ -55,7 +55,7 @@ def _resolve(op: str, device_type: str, forced: str) -> Callable[..., Any]:
             f"{ENVIRONMENT}={forced!r}: there is no such backend; choose among "
             f"{', '.join(BACKENDS)}"
         )
-    tried = []
+    tried: list[str] = []
     for name in (forced,) if forced else ORDER.get(device_type, FALLBACK):
         answer = support(name, op, device)
         if answer.ok:
