@@ -52,20 +52,20 @@ struct Deltas {
 template <class Type>
 inline void compose_one(const Deltas &deltas, int64_t t, typename Type::Raw *w, Stats *stats) {
   using Raw = typename Type::Raw;
+  const uint16_t *idx = deltas.idx[0];
   Raw *undo = deltas.undo ? static_cast<Raw *>(deltas.undo[0]) : nullptr;
-  const int64_t end = deltas.ptr[0][t + 1];
-  for (int64_t e = deltas.ptr[0][t]; e < end; e += kBlock) {
-    const int64_t n = end - e < kBlock ? end - e : kBlock;
-    const uint16_t *at = deltas.idx[0] + e;
+  const int64_t begin = deltas.ptr[0][t], end = deltas.ptr[0][t + 1];
+  for_blocks(begin, end, [&](int64_t e, int64_t n) {
     float buffer[kBlock], acc[kBlock];
     Raw raw[kBlock];
-    gather_raw_to_write(w, at, n, end - e, raw);
+    fetch_ahead(w, idx, begin, e, end);
+    gather_raw(w, idx + e, n, raw);
     if (undo) memcpy(undo + e, raw, static_cast<size_t>(n) * sizeof(Raw));
     const float *val = as_floats(deltas.dtype[0], deltas.val[0], e, n, buffer);
     for (int64_t i = 0; i < n; ++i) acc[i] = 0.0f + deltas.alpha[0] * val[i];
     add<Type>(acc, n, raw, stats);
-    scatter_raw(raw, at, n, w);
-  }
+    scatter_raw(raw, idx + e, n, w);
+  });
 }
 
 template <class Type>
@@ -73,33 +73,34 @@ inline void compose_many(const Deltas &deltas, int64_t t, typename Type::Raw *w,
                          Stats *stats) {
   using Raw = typename Type::Raw;
   for (int32_t j = 0; j < deltas.n; ++j) {
+    const uint16_t *idx = deltas.idx[j];
     Raw *undo = deltas.undo ? static_cast<Raw *>(deltas.undo[j]) : nullptr;
-    const int64_t end = deltas.ptr[j][t + 1];
-    for (int64_t e = deltas.ptr[j][t]; e < end; e += kBlock) {
-      const int64_t n = end - e < kBlock ? end - e : kBlock;
-      const uint16_t *at = deltas.idx[j] + e;
+    const int64_t begin = deltas.ptr[j][t], end = deltas.ptr[j][t + 1];
+    for_blocks(begin, end, [&](int64_t e, int64_t n) {
       float buffer[kBlock];
-      if (undo) gather_raw_to_write(w, at, n, end - e, undo + e);
+      fetch_ahead(w, idx, begin, e, end);
+      if (undo) gather_raw(w, idx + e, n, undo + e);
       const float *val = as_floats(deltas.dtype[j], deltas.val[j], e, n, buffer);
       const float alpha = deltas.alpha[j];
-      for (int64_t i = 0; i < n; ++i) tile_acc[at[i]] = tile_acc[at[i]] + alpha * val[i];
-    }
+      for (int64_t i = 0; i < n; ++i) {
+        float *sum = &tile_acc[idx[e + i]];
+        *sum = *sum + alpha * val[i];
+      }
+    });
   }
   for (int32_t j = 0; j < deltas.n; ++j) {
-    const int64_t end = deltas.ptr[j][t + 1];
-    for (int64_t e = deltas.ptr[j][t]; e < end; e += kBlock) {
-      const int64_t n = end - e < kBlock ? end - e : kBlock;
-      const uint16_t *at = deltas.idx[j] + e;
+    const uint16_t *idx = deltas.idx[j];
+    for_blocks(deltas.ptr[j][t], deltas.ptr[j][t + 1], [&](int64_t e, int64_t n) {
       float acc[kBlock];
       Raw raw[kBlock];
       for (int64_t i = 0; i < n; ++i) {
-        acc[i] = tile_acc[at[i]];
-        tile_acc[at[i]] = 0;
+        acc[i] = tile_acc[idx[e + i]];
+        tile_acc[idx[e + i]] = 0;
       }
-      gather_raw_to_write(w, at, n, end - e, raw);
+      gather_raw(w, idx + e, n, raw);
       add<Type>(acc, n, raw, stats);
-      scatter_raw(raw, at, n, w);
-    }
+      scatter_raw(raw, idx + e, n, w);
+    });
   }
 }
 
@@ -181,11 +182,11 @@ int32_t restore(const sft_tiles *w, int32_t n_deltas, const uint16_t *const *idx
       Raw *weights = address<Type>(w->base[t]);
       for (int32_t j = 0; j < n_deltas; ++j) {
         const Raw *log = static_cast<const Raw *>(undo[j]);
-        const int64_t end = ptr[j][t + 1];
-        for (int64_t e = ptr[j][t]; e < end; e += kBlock) {
-          const int64_t n = end - e < kBlock ? end - e : kBlock;
-          scatter_raw_ahead(log + e, idx[j] + e, n, end - e, weights);
-        }
+        const int64_t begin = ptr[j][t], end = ptr[j][t + 1];
+        for_blocks(begin, end, [&](int64_t e, int64_t n) {
+          fetch_ahead(weights, idx[j], begin, e, end);
+          scatter_raw(log + e, idx[j] + e, n, weights);
+        });
       }
     });
   });

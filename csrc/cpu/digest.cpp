@@ -19,18 +19,23 @@ int32_t digest(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr, uint
   for_each(w->n, threads, nnz, [&](int64_t t, int32_t) {
     uint64_t tile_full = 0, tile_half = 0;
     const uint64_t first = static_cast<uint64_t>(t) * SFT_TILE + 1;
-    const int64_t end = ptr[t + 1];
-    for (int64_t e = ptr[t]; e < end; e += kBlock) {
-      const int64_t n = end - e < kBlock ? end - e : kBlock;
-      const uint16_t *at = idx + e;
-      float x[kBlock];
-      gather_floats(w->dtype[t], w->base[t], at, n, end - e, x);
-      for (int64_t i = 0; i < n; ++i) {
-        const uint64_t position = (first + at[i]) * kPosition;
-        tile_full += mix(position + bits_of(x[i]) * kPayload);
-        tile_half += mix(position + bf16_of_f32(x[i]) * kPayload);
-      }
-    }
+    const int64_t begin = ptr[t], end = ptr[t + 1];
+    with_dtype(w->dtype[t], [&](auto type) {
+      using Type = decltype(type);
+      const typename Type::Raw *weights = address<Type>(w->base[t]);
+      for_blocks(begin, end, [&](int64_t e, int64_t n) {
+        float x[kBlock];
+        gather_floats<Type>(weights, idx, begin, e, end, n, x);
+        uint64_t block_full = 0, block_half = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          const uint64_t position = (first + idx[e + i]) * kPosition;
+          block_full += mix(position + bits_of(x[i]) * kPayload);
+          block_half += mix(position + bf16_of_f32(x[i]) * kPayload);
+        }
+        tile_full += block_full;
+        tile_half += block_half;
+      });
+    });
     __atomic_fetch_add(&full, tile_full, __ATOMIC_RELAXED);
     __atomic_fetch_add(&half, tile_half, __ATOMIC_RELAXED);
   });

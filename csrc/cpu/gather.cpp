@@ -48,24 +48,25 @@ int32_t gather(const sft_tiles *grads, int64_t n_tiles, const uint16_t *idx, con
   int64_t not_finite = 0;
   for_each(n_tiles, threads, nnz, [&](int64_t t, int32_t) {
     Lanes lanes;
-    const int64_t end = ptr[t + 1];
-    for (int64_t e = ptr[t]; e < end; e += kBlock) {
-      const int64_t n = end - e < kBlock ? end - e : kBlock;
+    const int64_t begin = ptr[t], end = ptr[t + 1];
+    for_blocks(begin, end, [&](int64_t e, int64_t n) {
+      const size_t bytes = static_cast<size_t>(n) * sizeof(float);
       float *x = out + e;
-      float g[kBlock];
-      if (!grads) {
-        if (!accumulate) memset(x, 0, static_cast<size_t>(n) * sizeof(float));
-      } else {
+      if (grads) {
+        float g[kBlock] = {};
         if (grads->base[t]) {
-          gather_floats(grads->dtype[t], grads->base[t], idx + e, n, end - e, g);
-        } else {
-          memset(g, 0, sizeof(g));
+          with_dtype(grads->dtype[t], [&](auto type) {
+            using Type = decltype(type);
+            gather_floats<Type>(address<Type>(grads->base[t]), idx, begin, e, end, n, g);
+          });
         }
         if (accumulate) {
           for (int64_t i = 0; i < n; ++i) x[i] = x[i] + g[i];
         } else {
-          memcpy(x, g, static_cast<size_t>(n) * sizeof(float));
+          memcpy(x, g, bytes);
         }
+      } else if (!accumulate) {
+        memset(x, 0, bytes);
       }
       if (grad_scale) {
         const float scale = *grad_scale;
@@ -75,7 +76,7 @@ int32_t gather(const sft_tiles *grads, int64_t n_tiles, const uint16_t *idx, con
         for (int64_t i = 0; i < n; ++i) x[i] = x[i] + l1 * sign(delta[e + i]);
       }
       if (!add_squares(x, n, &lanes)) __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
-    }
+    });
     partials[t] = lanes.total();
   });
   const IeeeMode ieee;

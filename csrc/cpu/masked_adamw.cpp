@@ -56,25 +56,6 @@ inline void prepare(const Scalars &s, int64_t n, const float *__restrict delta,
   }
 }
 
-// Reads n gradients and, at the same pace, asks for the lines of the weights.
-template <class Type, class Raw>
-inline void gather_both(const typename Type::Raw *from, const Raw *w, const uint16_t *idx,
-                        int64_t n, int64_t left, typename Type::Raw *to) {
-  if (contiguous(idx, n)) {
-    memcpy(to, from + idx[0], static_cast<size_t>(n) * sizeof(*to));
-    return;
-  }
-  const int64_t near = left - kAhead < n ? left - kAhead : n;
-  int64_t i = 0;
-  for (; i < near; ++i) {
-    const int64_t next = idx[i + kAhead];
-    prefetch_read(from + next);
-    prefetch_write(w + next);
-    to[i] = from[idx[i]];
-  }
-  for (; i < n; ++i) to[i] = from[idx[i]];
-}
-
 }  // namespace
 
 int32_t masked_adamw(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr, const float *grad,
@@ -118,24 +99,19 @@ int32_t masked_adamw(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr
     using Raw = typename Type::Raw;
     for_each(w->n, threads, nnz, [&](int64_t t, int32_t) {
       Raw *weights = address<Type>(w->base[t]);
-      const int64_t end = ptr[t + 1];
-      for (int64_t e = ptr[t]; e < end; e += kBlock) {
-        const int64_t n = end - e < kBlock ? end - e : kBlock;
-        const uint16_t *at = idx + e;
+      const int64_t begin = ptr[t], end = ptr[t + 1];
+      for_blocks(begin, end, [&](int64_t e, int64_t n) {
         float g[kBlock], start[kBlock], sum[kBlock];
         Raw rounded[kBlock];
+        fetch_ahead(weights, idx, begin, e, end);
         if (grad) {
           memcpy(g, grad + e, static_cast<size_t>(n) * sizeof(float));
-          for (int64_t i = 0; i < n; ++i) prefetch_write(weights + at[i]);
         } else if (!grads->base[t]) {
           memset(g, 0, sizeof(g));
-          for (int64_t i = 0; i < n; ++i) prefetch_write(weights + at[i]);
         } else {
           with_dtype(grads->dtype[t], [&](auto grad_type) {
             using GradType = decltype(grad_type);
-            typename GradType::Raw raw[kBlock];
-            gather_both<GradType>(address<GradType>(grads->base[t]), weights, at, n, end - e, raw);
-            GradType::load(raw, n, g);
+            gather_floats<GradType>(address<GradType>(grads->base[t]), idx, begin, e, end, n, g);
           });
         }
         prepare(s, n, delta + e, g);
@@ -143,8 +119,8 @@ int32_t masked_adamw(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr
         (decay ? update<true> : update<false>)(s, n, g, exp_avg + e, exp_avg_sq + e, delta + e,
                                                origin, sum);
         Type::store(sum, n, rounded);
-        scatter_raw(rounded, at, n, weights);
-      }
+        scatter_raw(rounded, idx + e, n, weights);
+      });
     });
   });
   return SFT_OK;

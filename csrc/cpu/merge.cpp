@@ -85,14 +85,12 @@ int32_t merge_fill(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx
 
   if (n_deltas == 1) {
     for_each(n_tiles, threads, nnz, [&](int64_t t, int32_t) {
-      const int64_t end = ptr[0][t + 1];
-      for (int64_t e = ptr[0][t]; e < end; e += kBlock) {
-        const int64_t n = end - e < kBlock ? end - e : kBlock;
+      for_blocks(ptr[0][t], ptr[0][t + 1], [&](int64_t e, int64_t n) {
         float buffer[kBlock];
         const float *x = as_floats(val_dtype[0], val[0], e, n, buffer);
         memcpy(out_idx + e, idx[0] + e, static_cast<size_t>(n) * sizeof(uint16_t));
         for (int64_t i = 0; i < n; ++i) out_val[e + i] = 0.0f + alpha[0] * x[i];
-      }
+      });
     });
     return SFT_OK;
   }
@@ -104,14 +102,12 @@ int32_t merge_fill(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx
   for_each(n_tiles, threads, nnz, [&](int64_t t, int32_t thread) {
     float *acc = all + thread * int64_t{SFT_TILE};
     for (int32_t j = 0; j < n_deltas; ++j) {
-      const int64_t end = ptr[j][t + 1];
-      for (int64_t e = ptr[j][t]; e < end; e += kBlock) {
-        const int64_t n = end - e < kBlock ? end - e : kBlock;
+      for_blocks(ptr[j][t], ptr[j][t + 1], [&](int64_t e, int64_t n) {
         const uint16_t *at = idx[j] + e;
         float buffer[kBlock];
         const float *x = as_floats(val_dtype[j], val[j], e, n, buffer);
         for (int64_t i = 0; i < n; ++i) acc[at[i]] = acc[at[i]] + alpha[j] * x[i];
-      }
+      });
     }
     const Union entries(t, n_deltas, idx, ptr);
     int64_t e = out_ptr[t];

@@ -1,7 +1,7 @@
 // Exact selection of the k largest keys of a model, for select_topk and select_random.
 //
 // A key is 31 bits; an entry that is excluded has the key kNone, which is less than all. `Source`
-// makes the keys: keys(tile, first, n, out) and prefetch(tile, first).
+// makes the keys: keys(tile, first, n, out); bounds(selection, room), of step 1.
 //
 // find, in the usual case one read of the model:
 //   1. bounds   A sample of short runs at random places (or theory, for random keys) gives a low
@@ -35,8 +35,6 @@ constexpr int32_t kInfinity = 0x7F800000;
 
 constexpr int32_t kStrip = 1024;  // keys worked on at a time
 constexpr int32_t kSlack = 32;    // what compress may write beyond its result
-constexpr int32_t kRun = 16;      // neighbours in the sample
-constexpr int64_t kMaxSample = 1 << 20;
 constexpr int32_t kBlockEntries = 2048;
 constexpr int32_t kBins = 2048;
 constexpr int64_t kNowhere = -1;
@@ -91,13 +89,11 @@ inline int32_t compress(const int32_t *__restrict key, int32_t n, int32_t first,
     const __m512i k = _mm512_loadu_si512(key + i);
     const __mmask16 take =
         _mm512_mask_cmple_epi32_mask(_mm512_cmpgt_epi32_mask(k, low_v), k, high_v);
-    if (take) {
-      // Compressed in a register: the form that stores to memory is slow on some processors.
-      _mm512_storeu_si512(out_key + found, _mm512_maskz_compress_epi32(take, k));
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(out_offset + found),
-                          _mm256_maskz_compress_epi16(take, offset));
-      found += __builtin_popcount(take);
-    }
+    // Compressed in a register: the form that stores to memory is slow on some processors.
+    _mm512_storeu_si512(out_key + found, _mm512_maskz_compress_epi32(take, k));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out_offset + found),
+                        _mm256_maskz_compress_epi16(take, offset));
+    found += __builtin_popcount(take);
     offset = _mm256_add_epi16(offset, step);
   }
 #elif defined(__AVX2__)
@@ -228,44 +224,45 @@ struct Rank {
   int64_t greater;  // keys > key
 };
 
-// The key at a rank (1 is the largest) among the keys >= 0 that visit(i, use), i < n, hands to
-// use(keys, count) piece by piece; at least `rank` keys must be there. Three passes.
+// The key at a rank (1 is the largest) among the keys that visit(i, use), i < n, hands to
+// use(keys, count) piece by piece; at least `rank` keys must be there. All keys lie in
+// [least, most], or else [least, most] is [0, kNoLimit] and keys that are kNone do not count.
+// Up to three passes; the first spreads the keys over the bins as far as their range allows.
 template <class Visit>
 inline Rank key_at_rank(int64_t n, int32_t threads, int64_t work, uint64_t *bins, int64_t rank,
-                        const Visit &visit) {
-  constexpr int kDigits[3] = {11, 10, 10};
+                        int32_t least, int32_t most, const Visit &visit) {
+  constexpr int32_t kDigit = 11;
   const int32_t team = team_size(n, threads, work);
-  int32_t prefix = 0, shift = 31;
+  const uint32_t base = static_cast<uint32_t>(least);
+  const uint32_t span = static_cast<uint32_t>(most) - base;
+  int32_t shift = span == 0 ? 0 : 32 - __builtin_clz(span);
+  uint32_t prefix = 0;
   int64_t greater = 0;
-  for (int digit = 0; digit < 3; ++digit) {
+  while (shift > 0) {
     const int32_t high = shift;
-    shift -= kDigits[digit];
-    const int32_t mask = (1 << kDigits[digit]) - 1;
+    const int32_t width = shift < kDigit ? shift : kDigit;
+    shift -= width;
+    const uint32_t mask = (1u << width) - 1;
     memset(bins, 0, static_cast<size_t>(team) * kBins * sizeof(uint64_t));
     for_each(n, threads, work, [&](int64_t i, int32_t thread) {
       uint64_t *mine = bins + int64_t{thread} * kBins;
       visit(i, [&](const int32_t *key, int64_t count) {
-        if (digit == 0) {
-          for (int64_t e = 0; e < count; ++e) {
-            if (key[e] >= 0) ++mine[key[e] >> shift];
-          }
-        } else {
-          for (int64_t e = 0; e < count; ++e) {
-            if (key[e] >> high == prefix) ++mine[(key[e] >> shift) & mask];
-          }
+        for (int64_t e = 0; e < count; ++e) {
+          const uint32_t value = static_cast<uint32_t>(key[e]) - base;
+          if (value >> high == prefix) ++mine[(value >> shift) & mask];
         }
       });
     });
     for (int32_t thread = 1; thread < team; ++thread) {
-      for (int32_t i = 0; i <= mask; ++i) bins[i] += bins[int64_t{thread} * kBins + i];
+      for (uint32_t i = 0; i <= mask; ++i) bins[i] += bins[int64_t{thread} * kBins + i];
     }
-    int32_t i = mask;
+    uint32_t i = mask;
     for (; i > 0 && greater + static_cast<int64_t>(bins[i]) < rank; --i) {
       greater += static_cast<int64_t>(bins[i]);
     }
-    prefix = prefix << kDigits[digit] | i;
+    prefix = prefix << width | i;
   }
-  return {prefix, greater};
+  return {static_cast<int32_t>(base + prefix), greater};
 }
 
 // --- the problem ---
@@ -323,7 +320,6 @@ struct Selection {
     int64_t excluded = first_exclusion(t);
     for (int32_t first = 0; first < length[t]; first += kStrip) {
       const int32_t count = length[t] - first < kStrip ? length[t] - first : kStrip;
-      source.prefetch(t, first, length[t]);
       read(t, first, count, key, &excluded);
       if (!use(key, count, first)) return;
     }
@@ -381,6 +377,7 @@ struct Selection {
   struct Swept {
     int64_t stored, above, at_low;
     bool full;
+    int32_t largest;   // key
     int64_t bad_tile;  // the first that holds a key of NaN or infinity; n where none does
   };
 
@@ -388,7 +385,7 @@ struct Selection {
     ws.header->blocks_used = 0;
     ws.header->low = bounds.low;
     for (int32_t i = 0; i < threads; ++i) ws.writers[i] = {kNowhere, 0, false};
-    int64_t bad_tile = n;
+    int64_t bad_tile = n, least_negated = -int64_t{kNone};
     for_each(n, threads, total, [&](int64_t t, int32_t thread) {
       Tile tile = {0, 0, 0, 0, 0};
       Writer *writer = &ws.writers[thread];
@@ -404,9 +401,12 @@ struct Selection {
         return true;
       });
       ws.tiles[t] = tile;
+      lower_atomically(&least_negated, -int64_t{largest});
       if (Source::kMayBeInfinite && largest >= kInfinity) lower_atomically(&bad_tile, t);
     });
-    Swept swept = {0, 0, 0, ws.header->blocks_used > ws.n_blocks, bad_tile};
+    Swept swept = {
+        0,       0, 0, ws.header->blocks_used > ws.n_blocks, static_cast<int32_t>(-least_negated),
+        bad_tile};
     for (int64_t t = 0; t < n; ++t) {
       swept.stored += ws.tiles[t].stored;
       swept.above += ws.tiles[t].above;
@@ -430,18 +430,19 @@ struct Selection {
     }
   }
 
-  Rank candidate_at_rank(int64_t rank, int64_t stored) const {
-    return key_at_rank(ws.header->blocks_used, threads, stored, ws.bins, rank,
+  Rank candidate_at_rank(int64_t rank, int64_t stored, int32_t least, int32_t most) const {
+    return key_at_rank(ws.header->blocks_used, threads, stored, ws.bins, rank, least, most,
                        [&](int64_t i, const auto &use) { use(ws.blocks[i].key, ws.used[i]); });
   }
 
   Rank exact_at_rank(int64_t rank) const {
-    return key_at_rank(n, threads, total, ws.bins, rank, [&](int64_t t, const auto &use) {
-      strips(t, [&](const int32_t *key, int32_t count, int32_t) {
-        use(key, count);
-        return true;
-      });
-    });
+    return key_at_rank(n, threads, total, ws.bins, rank, 0, kNoLimit,
+                       [&](int64_t t, const auto &use) {
+                         strips(t, [&](const int32_t *key, int32_t count, int32_t) {
+                           use(key, count);
+                           return true;
+                         });
+                       });
   }
 
   int32_t finish(int32_t status, int64_t *info) const {
@@ -485,7 +486,9 @@ struct Selection {
     } else if (wanted > swept.stored) {
       threshold = bounds.low;
     } else {
-      threshold = candidate_at_rank(wanted, swept.stored).key;
+      threshold = candidate_at_rank(wanted, swept.stored, bounds.low + 1,
+                                    swept.largest < bounds.high ? swept.largest : bounds.high)
+                      .key;
     }
     ws.header->threshold = threshold;
 

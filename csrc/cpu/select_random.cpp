@@ -26,8 +26,6 @@ struct Hashes {
     }
   }
 
-  void prefetch(int64_t, int32_t, int32_t) const {}
-
   // Six standard errors on either side of the quantile.
   Bounds bounds(const Selection<Hashes> &s, int64_t room) const {
     const double k = static_cast<double>(s.k), eligible = static_cast<double>(s.eligible);
