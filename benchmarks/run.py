@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from sparse_ft_kernels import native
 
 from .cases import CASES, Case
 from .shapes import MODELS
@@ -126,8 +127,6 @@ def report(
 
 def machine() -> dict[str, Any]:
     """What a stored result must say of where it was measured."""
-    from sparse_ft_kernels import native
-
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -194,6 +193,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append one line per case to this file")
     arguments = parser.parse_args()
     console = Console(width=118)
+    library, reason = native.load()
+    if library is None:
+        parser.error(f"the C++ library cannot be used, so there is nothing to measure: {reason}")
     here = machine()
     bandwidth = copy_bandwidth()
     console.print(
