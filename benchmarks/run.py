@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
 from sparse_ft_kernels import native
 
 from .cases import CASES, Case
