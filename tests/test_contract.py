@@ -190,6 +190,23 @@ def test_everything_else_that_does_not_fit():
             assert old.numpy().tobytes() == new.numpy().tobytes()
 
 
+@pytest.mark.parametrize("change", [(0, 1), (-1, 1), (-1, -1)])
+@pytest.mark.parametrize("name", sorted(OPS.keys() - {"check_support", "anchor_l1_"}))
+def test_a_ptr_that_would_lead_c_astray_is_refused(name, change, native_library, monkeypatch):
+    monkeypatch.setenv("SPARSE_FT_BACKEND", "cpu")
+    args = arguments(name)
+    schema = getattr(OP, name).default._schema
+    for argument, value in zip(schema.arguments, args, strict=True):
+        if "ptr" in argument.name:
+            (value[0] if isinstance(value, list) else value)[change[0]] += change[1]
+            break
+    before = [t.clone() for t in _flatten(list(args))]
+    with pytest.raises(ValueError, match=rf"^{name}: ptr of support 0 runs from"):
+        getattr(OP, name)(*args)
+    for old, new in zip(before, _flatten(list(args)), strict=True):
+        assert old.numpy().tobytes() == new.numpy().tobytes()
+
+
 def test_hyperparameters_out_of_range():
     good = list(arguments("masked_adamw_"))
     for position, value, message in [

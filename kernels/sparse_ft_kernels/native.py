@@ -185,6 +185,20 @@ def _floats(values: Sequence[float]) -> ctypes.Array[c_float]:
     return (c_float * max(1, len(values)))(*values)
 
 
+def _require_ends(op: str, idx: Sequence[Tensor], ptr: Sequence[Tensor]) -> None:
+    """Refuses a ptr that does not run from 0 to nnz: C would read beyond the arrays.
+
+    What lies between is not looked at, which would cost a pass; `check_support` does that.
+    """
+    for j, (i, p) in enumerate(zip(idx, ptr, strict=True)):
+        first, last = int(p[0]), int(p[-1])
+        if first != 0 or last != i.shape[0]:
+            raise ValueError(
+                f"{op}: ptr of support {j} runs from {first} to {last}, but it must run from 0 to "
+                f"nnz = {i.shape[0]}"
+            )
+
+
 def _workspace(size: int) -> Tensor:
     return torch.empty(max(1, size), dtype=torch.uint8)
 
@@ -200,6 +214,8 @@ def select_topk(
     exclude_ptr: Tensor | None,
     ties_all: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if exclude_idx is not None and exclude_ptr is not None:
+        _require_ends("select_topk", [exclude_idx], [exclude_ptr])
     library, threads = _library(), _threads()
     table_a = tile_table(a)
     table_b = tile_table(b) if b else None
@@ -247,6 +263,8 @@ def _ordinal(tensors: Tensors, tile: int) -> int:
 def select_random(
     like: Tensors, k: int, seed: int, exclude_idx: Tensor | None, exclude_ptr: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if exclude_idx is not None and exclude_ptr is not None:
+        _require_ends("select_random", [exclude_idx], [exclude_ptr])
     library, threads = _library(), _threads()
     length = torch.tensor(tile_lengths([t.numel() for t in like]), dtype=torch.int32)
     n = length.shape[0]
@@ -283,6 +301,7 @@ def gather(
     delta: Tensor | None,
     l1: float,
 ) -> tuple[Tensor, Tensor]:
+    _require_ends("gather", [idx], [ptr])
     n = ptr.shape[0] - 1
     tiles = _struct(tile_table(grads, numels)) if grads else None
     partials = torch.empty(n, dtype=torch.float64)
@@ -318,6 +337,7 @@ def masked_adamw_(
     found_inf: Tensor | None,
     clip: Tensor | None,
 ) -> None:
+    _require_ends("masked_adamw_", [idx], [ptr])
     tiles = _struct(tile_table(weights))
     grad_tiles = _struct(tile_table(grads, [w.numel() for w in weights])) if grad is None else None
     status = _library().sft_cpu_masked_adamw(
@@ -353,6 +373,7 @@ def compose_(
     alphas: Sequence[float],
     undo: Tensors,
 ) -> Tensor:
+    _require_ends("compose_", idx, ptr)
     library, threads = _library(), _threads()
     stats = torch.zeros(2, dtype=torch.int64)
     size = library.sft_cpu_compose_workspace_bytes(len(idx), threads)
@@ -367,6 +388,7 @@ def compose_(
 
 
 def restore_(weights: Tensors, idx: Tensors, ptr: Tensors, undo: Tensors) -> None:
+    _require_ends("restore_", idx, ptr)
     status = _library().sft_cpu_restore(
         *(_struct(tile_table(weights)), len(idx), _addresses(idx), _addresses(ptr)),
         *(_addresses(undo), _threads()),
@@ -377,6 +399,7 @@ def restore_(weights: Tensors, idx: Tensors, ptr: Tensors, undo: Tensors) -> Non
 def merge(
     lengths: Tensor, idx: Tensors, ptr: Tensors, val: Tensors, alphas: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _require_ends("merge", idx, ptr)
     library, threads = _library(), _threads()
     n = lengths.shape[0]
     size = library.sft_cpu_merge_workspace_bytes(len(idx), threads)
@@ -402,6 +425,7 @@ def merge(
 def overlap(
     idx_a: Tensor, ptr_a: Tensor, val_a: Tensor, idx_b: Tensor, ptr_b: Tensor, val_b: Tensor
 ) -> tuple[Tensor, Tensor]:
+    _require_ends("overlap", [idx_a, idx_b], [ptr_a, ptr_b])
     n = ptr_a.shape[0] - 1
     counts = torch.zeros(n, 2, dtype=torch.int64)
     dots = torch.zeros(n, 3, dtype=torch.float64)
@@ -418,6 +442,7 @@ def overlap(
 
 
 def digest(weights: Tensors, idx: Tensor, ptr: Tensor) -> Tensor:
+    _require_ends("digest", [idx], [ptr])
     out = torch.empty(2, dtype=torch.int64)
     status = _library().sft_cpu_digest(
         *(_struct(tile_table(weights)), idx.data_ptr(), ptr.data_ptr(), out.data_ptr(), _threads())
