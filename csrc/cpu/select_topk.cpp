@@ -66,7 +66,7 @@ struct Sample {
 
   Sample(const Selection<Magnitudes> &s) : keys(reinterpret_cast<int32_t *>(s.ws.blocks)) {
     const int64_t room = s.ws.n_blocks * int64_t{sizeof(Block)} / int64_t{kRun * sizeof(int32_t)};
-    int64_t most = s.total / 256;
+    int64_t most = s.total / 512;
     most = (most < kMinSample ? kMinSample : most > kMaxSample ? kMaxSample : most) / kRun;
     most = most < room ? most : room;
     const int64_t cell = round_up((s.total + most - 1) / most, kRun);
