@@ -95,8 +95,9 @@ SFT_API int32_t sft_cpu_select_random_emit(const int32_t *length, int64_t n_tile
                                            const int64_t *info, void *workspace,
                                            int64_t workspace_bytes, uint16_t *idx, int32_t threads);
 
-/* gather: out = (accumulate ? out : 0) + fp32(g[idx]); then, where given, out = out / grad_scale and
- * out = out + l1 * sign(delta). A tile whose base is 0 contributes 0. grads null: only the second part.
+/* gather: out = fp32(g[idx]), or out + fp32(g[idx]) where accumulate is not 0; then, where given, out = out / grad_scale
+ * and out = out + l1 * sign(delta). A tile whose base is 0 has gradient 0. grads null: nothing is read; out is first set
+ * to 0 unless accumulate.
  * norm_sq = sum of out^2 in binary64: entry e of a tile (counted from the tile's first) goes to lane e % 16, lanes add
  * sequentially and are then summed as ((l0 + l8) + (l4 + l12)) + … by halving (16 -> 8 -> 4 -> 2 -> 1: lane j += lane j + h);
  * tiles are added in order. found_inf = 1 where any out is not finite, else 0. partials: scratch, [n_tiles].
@@ -179,7 +180,8 @@ SFT_API int32_t sft_cpu_digest(const sft_tiles *w, const uint16_t *idx, const in
 /* check_support: are idx and ptr well formed, and the values (may be null) finite? ptr is read only while it is valid.
  * info[0]: 0 well formed, 1 ptr[0] is not 0 or ptr[n_tiles] is not nnz, 2 ptr decreases or a step exceeds its tile's length,
  * 3 idx not strictly ascending in its tile, 4 idx beyond its tile's length, 5 a value is NaN or infinite.
- * info[1]: the first tile with the fault (lowest), info[2]: its first entry, info[3]: values that are exactly 0.
+ * info[1]: the first tile with the fault (lowest), info[2]: its first entry, info[3]: values that are exactly 0 (0 where
+ * there is a fault).
  */
 SFT_API int32_t sft_cpu_check_support(const int32_t *length, int64_t n_tiles, const uint16_t *idx,
                                       const int64_t *ptr, int64_t nnz, const void *val,

@@ -80,3 +80,23 @@ def test_values(backend, value, dtype):
         found = check_support(LENGTHS, idx, ptr, bad)
         tile = int((ptr <= at).nonzero()[-1])
         assert found[:3].tolist() == [5, tile, at]
+
+
+@pytest.mark.parametrize("fault", ["ptr", "step", "order", "beyond", "value"])
+def test_zeros_are_not_counted_where_there_is_a_fault(backend, fault):
+    idx, ptr, val = support()
+    val[::10] = 0
+    last = len(idx) - 1
+    if fault == "ptr":
+        ptr[-1] += 1
+    elif fault == "step":
+        ptr[2] = -1
+    elif fault == "order":
+        idx = with_entry(idx, last, int(idx[last - 1]))
+    elif fault == "beyond":
+        idx = with_entry(idx, int(ptr[2]) - 1, 4464)
+    else:
+        val[last] = float("nan")
+    found = check_support(LENGTHS, idx, ptr, val)
+    assert found[0] > 0
+    assert found[3] == 0

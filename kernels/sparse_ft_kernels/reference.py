@@ -446,10 +446,10 @@ def check_support(lengths: Tensor, idx: Tensor, ptr: Tensor, val: Tensor | None)
         out_of_order[1:] = same & (offsets[1:] <= offsets[:-1])
     beyond = offsets >= lengths[tile_of]
     bad_value = ~torch.isfinite(val) if val is not None else torch.zeros_like(out_of_order)
-    zeros = int((val == 0).sum()) if val is not None else 0
     fault = (out_of_order | beyond | bad_value).nonzero()
     if not len(fault):
+        zeros = int((val == 0).sum()) if val is not None else 0
         return torch.tensor([0, 0, 0, zeros])
     entry = int(fault[0])
     code = 3 if out_of_order[entry] else 4 if beyond[entry] else 5
-    return torch.tensor([code, int(tile_of[entry]), entry, zeros])
+    return torch.tensor([code, int(tile_of[entry]), entry, 0])
