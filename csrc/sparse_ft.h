@@ -10,6 +10,9 @@
  *     that never span two tensors. A set of selected entries is `idx` (offset inside its tile, strictly ascending there)
  *     and `ptr` (first entry of each tile, n_tiles + 1 values).
  *   - Arithmetic is IEEE binary32, round to nearest even, never contracted into FMA; a store to a 16-bit type rounds once.
+ *   - Sums are in binary64, in an order that can be parallel. The sum of a run of up to SFT_SUM_RUN values: pad it with +0 to
+ *     SFT_SUM_RUN, then for h = 512, 256, …, 1: x[j] = x[j] + x[j + h] for j < h; the sum is x[0]. tree_sum(x) of n values:
+ *     cut x into runs; their sums, in order, are again cut into runs, until one value is left (n = 0: +0; n = 1: x[0]).
  */
 #ifndef SPARSE_FT_H
 #define SPARSE_FT_H
@@ -28,6 +31,7 @@ extern "C" {
 
 #define SFT_ABI_VERSION 1
 #define SFT_TILE 65536
+#define SFT_SUM_RUN 1024
 
 typedef enum { SFT_F32 = 0, SFT_BF16 = 1, SFT_F16 = 2 } sft_dtype;
 
@@ -98,9 +102,9 @@ SFT_API int32_t sft_cpu_select_random_emit(const int32_t *length, int64_t n_tile
 /* gather: out = fp32(g[idx]), or out + fp32(g[idx]) where accumulate is not 0; then, where given, out = out / grad_scale
  * and out = out + l1 * sign(delta). A tile whose base is 0 has gradient 0. grads null: nothing is read; out is first set
  * to 0 unless accumulate.
- * norm_sq = sum of out^2 in binary64: entry e of a tile (counted from the tile's first) goes to lane e % 16, lanes add
- * sequentially and are then summed as ((l0 + l8) + (l4 + l12)) + … by halving (16 -> 8 -> 4 -> 2 -> 1: lane j += lane j + h);
- * tiles are added in order. found_inf = 1 where any out is not finite, else 0. partials: scratch, [n_tiles].
+ * norm_sq = tree_sum of the squares of out [nnz] (exact in binary64), whatever the tiles. found_inf = 1 where any out is not
+ * finite, else 0: so where norm_sq is not, since squares of finite binary32 cannot overflow it.
+ * partials: scratch, [ceil(nnz / SFT_SUM_RUN)].
  */
 SFT_API int32_t sft_cpu_gather(const sft_tiles *grads, int64_t n_tiles, const uint16_t *idx,
                                const int64_t *ptr, float *out, const float *grad_scale,
@@ -156,7 +160,8 @@ SFT_API int32_t sft_cpu_merge_fill(int64_t n_tiles, int32_t n_deltas, const uint
                                    void *workspace, int64_t workspace_bytes, int32_t threads);
 
 /* overlap: per tile, counts [n_tiles, 2] = entries in both, of those with the same sign (both > 0 or both < 0);
- * dots [n_tiles, 3] = sum of a*b, a*a, b*b over the entries in both, in binary64, ascending.
+ * dots [n_tiles, 3] = sum of a*b, a*a, b*b over the entries in both: the entries of a in the tile are cut into runs; in each,
+ * the products (+0 where b lacks the entry) are summed as a run; the sums of the runs are added in order from +0.
  */
 SFT_API int32_t sft_cpu_overlap(int64_t n_tiles, const uint16_t *idx_a, const int64_t *ptr_a,
                                 const void *val_a, int32_t dtype_a, const uint16_t *idx_b,
@@ -164,7 +169,8 @@ SFT_API int32_t sft_cpu_overlap(int64_t n_tiles, const uint16_t *idx_a, const in
                                 int64_t *counts, double *dots, int32_t threads);
 
 /* anchor_l1: g = round(fp32(g) + coeff * sign(w - anchor)) where g's base is not 0 (w - anchor in binary32, sign(0) = 0);
- * total = sum of |w - anchor| in binary64, with the lanes of gather. partials: scratch, [n_tiles]. grads may be null.
+ * total = tree_sum of the sums of the tiles; that of a tile: |w - anchor| cut into runs, whose sums are added in order from
+ * +0. partials: scratch, [n_tiles]. grads may be null.
  */
 SFT_API int32_t sft_cpu_anchor_l1(const sft_tiles *grads, const sft_tiles *w,
                                   const sft_tiles *anchors, float coeff, double *partials,

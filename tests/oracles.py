@@ -89,6 +89,29 @@ def assert_bits(found: Tensor, expected: Tensor, what: str = "") -> None:
     assert differing == 0, f"{what}: {differing} of {found.numel()} entries differ in their bits"
 
 
+def run_sum(values: np.ndarray) -> float:
+    """The fp64 sum of at most 1024 values by halving, as csrc/sparse_ft.h states it."""
+    run = np.zeros(1024)
+    run[: len(values)] = values
+    h = 512
+    while h:
+        run = run[:h] + run[h:]
+        h //= 2
+    return float(run[0])
+
+
+def run_sums(values: np.ndarray) -> list[float]:
+    return [run_sum(values[at : at + 1024]) for at in range(0, len(values), 1024)]
+
+
+def tree_sum(values: np.ndarray) -> float:
+    """The fp64 sum by runs, runs of their sums, and so on."""
+    values = np.asarray(values, np.float64)
+    while len(values) > 1:
+        values = np.asarray(run_sums(values))
+    return float(values[0]) if len(values) else 0.0
+
+
 def ulps(found: Tensor, expected: np.ndarray) -> np.ndarray:
     """Distance of fp32 values from fp64 ones, in units of the last place of the fp32 value
     expected.

@@ -18,13 +18,16 @@ def test_against_numpy(backend, name, dtype):
         w.view(-1)[::3] = a.view(-1)[::3]
     before = [g.clone() for g in grads]
     total = anchor_l1_(grads, weights, anchors, 0.25)
-    expected = 0.0
+    tile_sums = []
     for g, b, w, a in zip(grads, before, weights, anchors, strict=True):
         moved = w.float().numpy() - a.float().numpy()
-        expected += np.abs(moved).astype(np.float64).sum()
+        distance = np.abs(moved).astype(np.float64).reshape(-1)
+        for at in range(0, len(distance), oracles.TILE):
+            tile_sums.append(sum(oracles.run_sums(distance[at : at + oracles.TILE])))
         want = b.float().numpy() + np.float32(0.25) * np.sign(moved)
         oracles.assert_bits(g, torch.from_numpy(np.asarray(want)).to(dtype))
-    assert float(total) == pytest.approx(expected, rel=1e-12)
+    assert float(total) == oracles.tree_sum(np.asarray(tile_sums))
+    assert float(total) == pytest.approx(sum(tile_sums), rel=1e-12)
 
 
 def test_is_the_gradient_of_its_value(backend):

@@ -4,7 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from oracles import DTYPES, MODELS, numels, random_support, rng, take, tensors
+from oracles import DTYPES, MODELS, flat_support, numels, random_support, rng, take, tensors
 
 from sparse_ft_kernels import gather, native
 
@@ -19,7 +19,9 @@ def test_reads_the_selected_entries(backend, name, dtype):
     norm_sq, found_inf = gather(grads, numels(grads), idx, ptr, out)
     expected = take(grads, chosen).float()
     oracles.assert_bits(out, expected)
-    assert float(norm_sq) == pytest.approx(float(expected.double().square().sum()), rel=1e-12)
+    squares = expected.double().square().numpy()
+    assert float(norm_sq) == oracles.tree_sum(squares)
+    assert float(norm_sq) == pytest.approx(squares.sum(), rel=1e-12)
     assert float(found_inf) == 0
 
 
@@ -81,11 +83,34 @@ def test_flags_what_is_not_finite(backend, value):
     assert float(gather(grads, [70_000], idx, ptr, out)[1]) == 1
 
 
+@pytest.mark.parametrize("nnz", [0, 1, 2, 3, 1023, 1024, 1025, 4095, 4096, 4097, 10_000])
+def test_the_norm_at_the_edges_of_runs(backend, nnz):
+    generator = rng("runs", nnz)
+    grads = tensors([(5000,), (3,), (9000,)], generator)
+    left, chosen = nnz, []
+    for grad in grads:
+        chosen.append(np.arange(min(left, grad.numel())))
+        left -= len(chosen[-1])
+    idx, ptr = flat_support(numels(grads), chosen)
+    norm_sq, _ = gather(grads, numels(grads), idx, ptr, torch.empty(nnz))
+    assert float(norm_sq) == oracles.tree_sum(take(grads, chosen).double().square().numpy())
+
+
+def test_the_norm_of_the_largest_numbers_is_finite(backend):
+    largest = torch.full((3000,), torch.finfo(torch.float32).max)
+    idx, ptr, _ = random_support([3000], 1.1, rng("largest"))
+    norm_sq, found_inf = gather([largest], [3000], idx, ptr, torch.empty(3000))
+    assert float(norm_sq) == pytest.approx(3000 * torch.finfo(torch.float32).max ** 2)
+    assert float(found_inf) == 0
+
+
 def test_the_norm_has_one_order_of_summation(monkeypatch, native_library):
     generator = rng("order")
-    grads = tensors([(300_000,), (7,), (65536,)], generator)
-    idx, ptr, _ = random_support(numels(grads), 0.3, generator)
-    found = set()
+    # More than 1024 runs, so that the tree has three levels.
+    grads = tensors([(1_000_000,), (7,), (65536,)], generator)
+    idx, ptr, chosen = random_support(numels(grads), 0.99, generator)
+    assert len(idx) > 1024 * 1024
+    found = {oracles.tree_sum(take(grads, chosen).double().square().numpy())}
     monkeypatch.setenv("SPARSE_FT_BACKEND", "cpu")
     best = native.isa()
     for isa in ("avx512", "avx2", "portable"):

@@ -1,6 +1,7 @@
 """overlap: counts against numpy sets, products against numpy."""
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from oracles import DTYPES, MODELS, numels, random_support, rng, tensors
@@ -28,6 +29,20 @@ def test_against_numpy(backend, name, dtype):
         y = b[in_b].float().numpy()[at_b].astype(np.float64)
         assert counts[tile].tolist() == [len(x), int((x * y > 0).sum())]
         assert dots[tile].numpy() == pytest.approx([x @ y, x @ x, y @ y], rel=1e-12, abs=1e-12)
+        # Bits: a's entries in runs of 1024, with zeros where b lacks one.
+        for column, product in enumerate((x * y, x * x, y * y)):
+            spread = np.zeros(in_a.stop - in_a.start)
+            spread[at_a] = product
+            exact = np.float64(sum(oracles.run_sums(spread), 0.0))
+            assert dots[tile, column].numpy().tobytes() == exact.tobytes()
+
+
+def test_products_of_minus_zero_sum_to_zero(backend):
+    idx, ptr = torch.tensor([3, 7]).to(torch.uint16), torch.tensor([0, 2])
+    minus, plus = torch.tensor([-0.0, -0.0]), torch.tensor([1.0, 2.0])
+    counts, dots = overlap(idx, ptr, minus, idx, ptr, plus)
+    assert counts.tolist() == [[2, 0]]
+    assert dots.numpy().tobytes() == np.array([[0.0, 0.0, 5.0]]).tobytes()
 
 
 def test_with_itself(backend):

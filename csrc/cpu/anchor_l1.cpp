@@ -8,7 +8,7 @@
 namespace sft::SFT_ISA {
 namespace {
 
-constexpr int64_t kStrip = 1024;
+constexpr int64_t kStrip = SFT_SUM_RUN;
 
 }  // namespace
 
@@ -25,7 +25,7 @@ int32_t anchor_l1(const sft_tiles *grads, const sft_tiles *w, const sft_tiles *a
     }
   }
   for_each(w->n, threads, w->n * SFT_TILE, [&](int64_t t, int32_t) {
-    Lanes lanes;
+    double tile_sum = 0;
     for (int64_t first = 0; first < w->length[t]; first += kStrip) {
       const int64_t left = w->length[t] - first;
       const int64_t n = left < kStrip ? left : kStrip;
@@ -34,18 +34,9 @@ int32_t anchor_l1(const sft_tiles *grads, const sft_tiles *w, const sft_tiles *a
       const float *y =
           as_floats(anchors->dtype[t], address<F32>(anchors->base[t]), first, n, anchor_buffer);
       for (int64_t i = 0; i < n; ++i) moved[i] = x[i] - y[i];
-      double sum[16];
-      memcpy(sum, lanes.sum, sizeof(sum));
-      int64_t i = 0;
-      for (; i + 16 <= n; i += 16) {
-        for (int j = 0; j < 16; ++j) {
-          sum[j] += static_cast<double>(float_of(bits_of(moved[i + j]) & 0x7FFFFFFF));
-        }
-      }
-      for (int j = 0; i + j < n; ++j) {
-        sum[j] += static_cast<double>(float_of(bits_of(moved[i + j]) & 0x7FFFFFFF));
-      }
-      memcpy(lanes.sum, sum, sizeof(sum));
+      tile_sum += run_sum(n, [&](int64_t i) {
+        return static_cast<double>(float_of(bits_of(moved[i]) & 0x7FFFFFFF));
+      });
       if (!grads || !grads->base[t]) continue;
       with_dtype(grads->dtype[t], [&](auto type) {
         using Type = decltype(type);
@@ -56,10 +47,10 @@ int32_t anchor_l1(const sft_tiles *grads, const sft_tiles *w, const sft_tiles *a
         Type::store(buffer, n, g);
       });
     }
-    partials[t] = lanes.total();
+    partials[t] = tile_sum;
   });
   const IeeeMode ieee;
-  *total = sum_in_order(partials, w->n);
+  *total = tree_sum(partials, w->n);
   return SFT_OK;
 }
 

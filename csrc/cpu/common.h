@@ -313,31 +313,66 @@ inline void scatter_raw(const Raw *from, const uint16_t *idx, int64_t n, Raw *to
 template <class Type>
 inline void gather_floats(const typename Type::Raw *tile, const uint16_t *idx, int64_t begin,
                           int64_t first, int64_t end, int64_t n, float *to) {
-  typename Type::Raw raw[kBlock];
   fetch_ahead(tile, idx, begin, first, end);
+  if (contiguous(idx + first, n)) {
+    Type::load(tile + idx[first], n, to);
+    return;
+  }
+  typename Type::Raw raw[kBlock];
   gather_raw(tile, idx + first, n, raw);
   Type::load(raw, n, to);
 }
 
 // --- sums in a fixed order ---
 
-// Sixteen sums in binary64, over the entries e = j mod 16 of a tile.
-struct Lanes {
-  double sum[16] = {};
+// Three halvings at once: to[j], j < eighth, from the 8 * eighth values value(0), value(1), …
+template <class Value>
+inline void halve_thrice(int64_t eighth, const Value &value, double *__restrict to) {
+  const auto half = [&](int64_t j) { return value(j) + value(j + 4 * eighth); };
+  const auto quarter = [&](int64_t j) { return half(j) + half(j + 2 * eighth); };
+  for (int64_t j = 0; j < eighth; ++j) to[j] = quarter(j) + quarter(j + eighth);
+}
 
-  // Halves the lanes: 16 -> 8 -> 4 -> 2 -> 1.
-  double total() {
-    for (int half = 8; half > 0; half /= 2) {
-      for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
-    }
-    return sum[0];
+inline double halve_to_one(double *x, int64_t width) {
+  for (int64_t half = width / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) x[j] += x[j + half];
   }
-};
+  return x[0];
+}
 
-inline double sum_in_order(const double *values, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += values[i];
-  return sum;
+// The sum of a run of n <= SFT_SUM_RUN values value(0), value(1), … (see sparse_ft.h).
+template <class Value>
+inline double run_sum(int64_t n, const Value &value) {
+  static_assert(SFT_SUM_RUN == 1024);
+  if (n == SFT_SUM_RUN) {
+    double x[128], y[16];
+    halve_thrice(128, value, x);
+    halve_thrice(16, [&](int64_t i) { return x[i]; }, y);
+    return halve_to_one(y, 16);
+  }
+  if (n <= 0) return 0;
+  // Padding beyond the next power of two is left out: x + 0 = x, but for the sign of a zero, and no
+  // sum here can end as -0.
+  int64_t width = 1;
+  while (width < n) width *= 2;
+  double x[SFT_SUM_RUN];
+  for (int64_t i = 0; i < n; ++i) x[i] = value(i);
+  for (int64_t i = n; i < width; ++i) x[i] = 0;
+  return halve_to_one(x, width);
+}
+
+// tree_sum of n values that are not negative (see sparse_ft.h); they are overwritten.
+inline double tree_sum(double *x, int64_t n) {
+  if (n == 0) return 0;
+  while (n > 1) {
+    int64_t n_runs = 0;
+    for (int64_t first = 0; first < n; first += SFT_SUM_RUN) {
+      const int64_t length = n - first < SFT_SUM_RUN ? n - first : SFT_SUM_RUN;
+      x[n_runs++] = run_sum(length, [&](int64_t i) { return x[first + i]; });
+    }
+    n = n_runs;
+  }
+  return x[0];
 }
 
 // --- arguments ---

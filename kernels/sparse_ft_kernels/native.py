@@ -17,6 +17,9 @@ from .tile_table import DTYPE_CODES, TileTable, tile_lengths, tile_table
 
 ABI_VERSION = 1
 
+# SFT_SUM_RUN of csrc/sparse_ft.h.
+SUM_RUN = 1024
+
 OK, BAD_ARGUMENT, NONFINITE, TOO_FEW, WORKSPACE = range(5)
 
 
@@ -304,7 +307,7 @@ def gather(
     _require_ends("gather", [idx], [ptr])
     n = ptr.shape[0] - 1
     tiles = _struct(tile_table(grads, numels)) if grads else None
-    partials = torch.empty(n, dtype=torch.float64)
+    partials = torch.empty(-(-idx.shape[0] // SUM_RUN), dtype=torch.float64)
     norm_sq = torch.empty(1, dtype=torch.float64)
     found_inf = torch.empty(1, dtype=torch.float32)
     status = _library().sft_cpu_gather(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .contract import NonFiniteError, Tensors
-from .tile_table import TILE, n_tiles, tile_lengths
+from .tile_table import TILE, n_tiles
 
 _INFINITY_KEY = 0x7F800000
-_LANES = 16
+SUM_RUN = 1024
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -48,22 +48,39 @@ def _positions(numels: Sequence[int], idx: Tensor, ptr: Tensor) -> list[tuple[sl
     return out
 
 
-def _lane_sums(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """Sum of float64 values: lane e % 16 of each run in order, lanes halved, runs in order."""
-    total = torch.zeros(1, dtype=torch.float64, device=values.device)
-    start = 0
-    for count in counts:
-        run = values[start : start + count]
-        start += count
-        if not count:
-            continue
-        lanes = torch.nn.functional.pad(run, (0, -count % _LANES)).view(-1, _LANES)
-        lanes = torch.cumsum(lanes, 0)[-1]
-        width = _LANES
-        while width > 1:
-            width //= 2
-            lanes = lanes[:width] + lanes[width : 2 * width]
-        total = total + lanes
+# --- sums in one order ----------------------------------------------------------------------------
+
+
+def _run_sums(x: Tensor) -> Tensor:
+    """fp64 sums of runs of SUM_RUN values, the last one padded with +0, each by halving."""
+    runs = torch.nn.functional.pad(x, (0, -x.shape[0] % SUM_RUN)).view(-1, SUM_RUN)
+    while runs.shape[1] > 1:
+        half = runs.shape[1] // 2
+        runs = runs[:, :half] + runs[:, half:]
+    return runs[:, 0]
+
+
+def tree_sum(x: Tensor) -> Tensor:
+    """The sum of fp64 values in an order that can be parallel: sums of runs, of these sums, …
+
+    Args:
+        x: fp64 [n], n ≥ 0.
+
+    Returns:
+        fp64 [1]; +0 where n = 0.
+    """
+    if not x.shape[0]:
+        return x.new_zeros(1)
+    while x.shape[0] > 1:
+        x = _run_sums(x)
+    return x
+
+
+def _sum_in_order(rows: Tensor) -> Tensor:
+    """fp64 sums of the rows of a matrix, each from +0 and from left to right."""
+    total = rows.new_zeros(rows.shape[0])
+    for column in rows.unbind(1):
+        total = total + column
     return total
 
 
@@ -241,7 +258,7 @@ def gather(
         out.copy_(out / grad_scale.reshape(()))
     if l1 != 0 and delta is not None:
         out.copy_(out + delta.sign() * l1)
-    norm_sq = _lane_sums(out.to(torch.float64).square(), (ptr[1:] - ptr[:-1]).tolist())
+    norm_sq = tree_sum(out.to(torch.float64).square())
     found_inf = (~torch.isfinite(out)).any().to(torch.float32).reshape(1)
     return norm_sq, found_inf
 
@@ -304,18 +321,17 @@ def _write(weights: Tensors, idx: Tensor, ptr: Tensor, values: Tensor) -> None:
 
 def anchor_l1_(grads: Tensors, weights: Tensors, anchors: Tensors, coeff: float) -> Tensor:
     """g += coeff * sign(w - anchor); the sum of |w - anchor|."""
-    total = torch.zeros(1, dtype=torch.float64, device=weights[0].device if weights else "cpu")
+    device = weights[0].device if weights else torch.device("cpu")
+    tile_sums = [torch.zeros(0, dtype=torch.float64, device=device)]
     for i, (weight, anchor) in enumerate(zip(weights, anchors, strict=True)):
         moved = weight.to(torch.float32) - anchor.to(torch.float32)
         distance = moved.reshape(-1).abs().to(torch.float64)
-        # Tile by tile, as everywhere, so that the sum has one order.
-        start = 0
-        for length in tile_lengths([weight.numel()]):
-            total = total + _lane_sums(distance[start : start + length], [length])
-            start += length
+        runs = _run_sums(distance)
+        runs = torch.nn.functional.pad(runs, (0, -len(runs) % (TILE // SUM_RUN)))
+        tile_sums.append(_sum_in_order(runs.view(-1, TILE // SUM_RUN)))
         if grads and grads[i].numel():
             grads[i].copy_(grads[i].to(torch.float32) + moved.sign() * coeff)
-    return total
+    return tree_sum(torch.cat(tile_sums))
 
 
 # --- composition ----------------------------------------------------------------------------------
@@ -405,8 +421,9 @@ def overlap(
         counts[t, 0] = len(a)
         counts[t, 1] = int(((a > 0) & (b > 0) | (a < 0) & (b < 0)).sum())
         for column, product in enumerate((a * b, a * a, b * b)):
-            if len(product):
-                dots[t, column] = torch.cumsum(product, 0)[-1]
+            padded = product.new_zeros(len(both_a))
+            padded[both_a] = product
+            dots[t, column] = _sum_in_order(_run_sums(padded).view(1, -1))
     return counts, dots
 
 
