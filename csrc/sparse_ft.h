@@ -112,7 +112,9 @@ SFT_API int32_t sft_cpu_gather(const sft_tiles *grads, int64_t n_tiles, const ui
                                double *norm_sq, float *found_inf, int32_t threads);
 
 /* masked_adamw: one AdamW step of the selected entries. All in binary32 but the scalars, which are formed in binary64 and
- * then rounded: t = step + 1, c1 = 1 - beta1^t, c2 = sqrt(1 - beta2^t), a = lr / c1, d = lr * weight_decay.
+ * then rounded: t = (int64)(step + 1), c1 = 1 - beta1^t, c2 = sqrt(1 - beta2^t), a = lr / c1, d = lr * weight_decay.
+ * beta^t has one value on every machine, by binary powering: p = 1, b = beta; while t > 0: if t is odd, p = p * b;
+ * b = b * b, t = t >> 1; beta^t = p.
  *   g = grad / grad_scale;  g = g + l1 * sign(delta);  g = g * clip          (each only where given, or l1 != 0)
  *   m = m + (1 - beta1) * (g - m);   v = beta2 * v + ((1 - beta2) * g) * g
  *   delta = delta - d * (theta0 + delta)                                       (only where weight_decay != 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracles import DTYPES, MODELS, numels, random_support, rng, take, tensors, ulps
 
-from sparse_ft_kernels import masked_adamw_, native
+from sparse_ft_kernels import masked_adamw_, native, reference
 
 
 class State:
@@ -118,6 +118,33 @@ def test_all_backends_give_the_same_bits(monkeypatch, native_library):
     native.set_isa(best)
     for i, found in enumerate(results[3:]):
         assert torch.equal(found, results[i % 3])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.95, 0.999, 0.9999, 0.999999])
+def test_powers_by_squaring_are_powers(beta):
+    for t in (1, 2, 3, 10, 100, 999, 1000, 4095, 65536, 123_457, 999_999, 1_000_000):
+        found = reference._power(beta, t)
+        # t - 1 multiplications, each with half an ulp; `**` has one ulp at most.
+        assert found == pytest.approx(beta**t, rel=(t + 1) * 2.0**-53, abs=1e-300)
+        # t·βᵗ/(1 − βᵗ) ≤ 1/(1 − β), so the corrections lose no more at large t than at t = 1.
+        bound = 4 * 2.0**-53 / (1 - beta)
+        assert 1 - found == pytest.approx(1 - beta**t, rel=bound)
+        assert bound < 2.0**-24 / 100  # nothing beside the rounding to fp32 that follows
+
+
+@pytest.mark.parametrize("step", [0, 1, 6, 999, 123_456, 999_999])
+def test_bias_correction_at_any_step(backend, step):
+    """Zero moments and an even gradient: the step is lr·m/(1 − β₁ᵗ)/(√v/√(1 − β₂ᵗ) + ε)."""
+    betas = (0.99, 0.999)
+    state = State([torch.zeros(16)], 1.1, rng("steps"))
+    state.step.fill_(step)
+    state.update(torch.ones(16), lr=1.0, betas=betas, eps=0.0)
+    corrections = [1 - reference._power(beta, step + 1) for beta in betas]
+    m, v = np.float32(1 - betas[0]), np.float32(1 - betas[1])
+    a, c2 = np.float32(-1 / corrections[0]), np.float32(math.sqrt(corrections[1]))
+    expected = torch.full((16,), float((a * m) / (np.sqrt(v) / c2)))
+    oracles.assert_bits(state.delta, expected)
+    assert float(state.step) == step + 1
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

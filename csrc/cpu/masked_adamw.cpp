@@ -9,29 +9,21 @@
 // Entries outside the support are never written.
 // Moves: the lines of g (read) and w (read and written) that hold selected entries; 2 bytes of idx,
 // 24 bytes of state and one element of theta0 an entry.
-#include "common.h"
-
-#include <math.h>
+#include "adamw.h"
 
 namespace sft::SFT_ISA {
 namespace {
 
-struct Scalars {
-  float beta1_rest, beta2, beta2_rest;  // 1 - beta1, beta2, 1 - beta2
-  float minus_a, c2, eps, d, l1;
-  const float *grad_scale, *clip;
-};
-
 // The moments and delta of n entries, from their gradients; w receives theta0 + delta.
 template <bool kDecay>
-inline void update(const Scalars &s, int64_t n, const float *__restrict g, float *__restrict m,
-                   float *__restrict v, float *__restrict delta, const float *__restrict theta0,
-                   float *__restrict w) {
+inline void update(const Scalars &s, float d, int64_t n, const float *__restrict g,
+                   float *__restrict m, float *__restrict v, float *__restrict delta,
+                   const float *__restrict theta0, float *__restrict w) {
   for (int64_t i = 0; i < n; ++i) {
     const float m_i = m[i] + s.beta1_rest * (g[i] - m[i]);
     const float v_i = s.beta2 * v[i] + (s.beta2_rest * g[i]) * g[i];
     float delta_i = delta[i];
-    if (kDecay) delta_i = delta_i - s.d * (theta0[i] + delta_i);
+    if (kDecay) delta_i = delta_i - d * (theta0[i] + delta_i);
     delta_i = delta_i + (s.minus_a * m_i) / (__builtin_sqrtf(v_i) / s.c2 + s.eps);
     m[i] = m_i;
     v[i] = v_i;
@@ -76,23 +68,11 @@ int32_t masked_adamw(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr
   }
   if (found_inf && *found_inf != 0) return SFT_OK;
 
-  Scalars s;
-  {
-    const IeeeMode ieee;
-    const double t = static_cast<double>(*step) + 1;
-    s.beta1_rest = static_cast<float>(1 - beta1);
-    s.beta2 = static_cast<float>(beta2);
-    s.beta2_rest = static_cast<float>(1 - beta2);
-    s.minus_a = static_cast<float>(-(*lr / (1 - pow(beta1, t))));
-    s.c2 = static_cast<float>(sqrt(1 - pow(beta2, t)));
-    s.eps = static_cast<float>(eps);
-    s.d = static_cast<float>(*lr * weight_decay);
-    s.l1 = l1;
-    s.grad_scale = grad_scale;
-    s.clip = clip;
-    *step = static_cast<float>(t);
-  }
+  const IeeeMode ieee;
+  const Scalars s(*step, *lr, beta1, beta2, eps, l1, grad_scale, clip);
+  const float d = static_cast<float>(*lr * weight_decay);
   const bool decay = weight_decay != 0;
+  *step = static_cast<float>(s.t);
 
   with_dtype(dtype, [&](auto type) {
     using Type = decltype(type);
@@ -116,7 +96,7 @@ int32_t masked_adamw(const sft_tiles *w, const uint16_t *idx, const int64_t *ptr
         }
         prepare(s, n, delta + e, g);
         const float *origin = as_floats(dtype, theta0, e, n, start);
-        (decay ? update<true> : update<false>)(s, n, g, exp_avg + e, exp_avg_sq + e, delta + e,
+        (decay ? update<true> : update<false>)(s, d, n, g, exp_avg + e, exp_avg_sq + e, delta + e,
                                                origin, sum);
         Type::store(sum, n, rounded);
         scatter_raw(rounded, idx + e, n, weights);

@@ -263,6 +263,17 @@ def gather(
     return norm_sq, found_inf
 
 
+def _power(beta: float, t: int) -> float:
+    """beta^t by binary powering: `**` has other bits on other machines."""
+    p = 1.0
+    while t > 0:
+        if t & 1:
+            p *= beta
+        beta *= beta
+        t >>= 1
+    return p
+
+
 def masked_adamw_(
     weights: Tensors,
     idx: Tensor,
@@ -288,9 +299,9 @@ def masked_adamw_(
     if found_inf is not None and float(found_inf) != 0:
         return
     numels = [t.numel() for t in weights]
-    t = float(step) + 1
+    t = int(float(step) + 1)
     rate = float(lr)
-    correction = math.sqrt(1 - beta2**t)
+    correction = math.sqrt(1 - _power(beta2, t))
     g = _read(grads, numels, idx, ptr) if grad is None else grad
     if grad_scale is not None:
         g = g / grad_scale.reshape(())
@@ -305,7 +316,7 @@ def masked_adamw_(
         d = d - (theta0.to(torch.float32) + d) * (rate * weight_decay)
     # torch's float32 square root is not correctly rounded everywhere; through float64 it is.
     root = v.to(torch.float64).sqrt().to(torch.float32)
-    d = d + (m * (-rate / (1 - beta1**t))) / (root / correction + eps)
+    d = d + (m * (-rate / (1 - _power(beta1, t)))) / (root / correction + eps)
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
     delta.copy_(d)
