@@ -10,6 +10,10 @@ from sparse_ft_kernels import build
 
 # No test may download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Without a GPU, Triton's kernels run in its interpreter; the flag must stand before they are
+# decorated.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,13 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
     build.install()
 
 
-@pytest.fixture(params=["cpu:avx512", "cpu:avx2", "cpu:portable", "reference"])
+@pytest.fixture(params=["cpu:avx512", "cpu:avx2", "cpu:portable", "triton", "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every backend, and every instruction set of the native one that this machine has."""
-    from sparse_ft_kernels import native
+    from sparse_ft_kernels import native, triton_backend
 
     name, _, isa = request.param.partition(":")
     monkeypatch.setenv("SPARSE_FT_BACKEND", name)
+    if name == "triton" and (why := triton_backend.unavailable(torch.device("cpu"))):
+        pytest.skip(why)
     if name != "cpu":
         yield name
         return

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, reference, triton_backend
 from .contract import NAMESPACE, OPS, Op
 
-BACKENDS: dict[str, ModuleType] = {"cpu": native, "reference": reference}
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+BACKENDS: dict[str, ModuleType] = {"cpu": native, "triton": triton_backend, "reference": reference}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 FALLBACK = ("reference",)
 ENVIRONMENT = "SPARSE_FT_BACKEND"
 
@@ -41,10 +41,12 @@ class BackendError(RuntimeError):
 def support(backend: str, op: str, device: torch.device) -> Support:
     """Can this backend serve this op on this device?"""
     module = BACKENDS[backend]
+    # The reason first: to look for an op may import what is not there.
+    if reason := module.unavailable(device):
+        return Support(False, reason)
     if not hasattr(module, op):
         return Support(False, f"it has no {op}")
-    reason = module.unavailable(device)
-    return Support(reason is None, reason or "")
+    return Support(True, "")
 
 
 @lru_cache(maxsize=1024)
@@ -109,12 +111,26 @@ def _device_type(arguments: tuple[Any, ...]) -> str:
     return "cpu"
 
 
+def _require_alignment(op: str, names: list[str], arguments: tuple[Any, ...]) -> None:
+    """Refuses storage that begins between two elements, which no kernel can address."""
+    for name, argument in zip(names, arguments, strict=True):
+        is_list = isinstance(argument, (list, tuple))
+        for i, tensor in enumerate(argument if is_list else (argument,)):
+            if isinstance(tensor, Tensor) and tensor.data_ptr() % tensor.element_size():
+                raise ValueError(
+                    f"{op}: {name}{f'[{i}]' if is_list else ''} begins at address "
+                    f"{tensor.data_ptr():#x}, which is no multiple of its element size, "
+                    f"{tensor.element_size()} bytes; clone() it"
+                )
+
+
 def _implementation(op: Op) -> Callable[..., Any]:
     names = [a.name for a in torch._C.parse_schema(f"{NAMESPACE}::{op.schema}").arguments]
     mutated = [names.index(name) for name in op.mutates]
 
     def call(*arguments: Any) -> Any:
         op.check(*arguments)
+        _require_alignment(op.name, names, arguments)
         backend = _resolve(op.name, _device_type(arguments), os.environ.get(ENVIRONMENT, ""))
         with torch.no_grad():
             result = backend(*arguments)

@@ -23,9 +23,17 @@ class TileTable:
         tensors: Contiguous tensors on one device.
         numels: Elements of each; needed where a tensor may be absent (an empty tensor that stands
             for numel zeros: its tiles have base 0).
+
+    Attributes:
+        base: int64 [n], address of each tile; 0 where its tensor is absent.
+        length: int32 [n], elements of each tile.
+        dtype: int32 [n], `DTYPE_CODES` of each tile.
+        n: Tiles.
+        codes: Bit c is set where a tensor of type code c is present.
+        aligned: Every tile starts at a multiple of 16 bytes.
     """
 
-    __slots__ = ("base", "dtype", "length", "n")
+    __slots__ = ("aligned", "base", "codes", "dtype", "length", "n")
 
     def __init__(self, tensors: Sequence[Tensor], numels: Sequence[int] | None = None) -> None:
         sizes = [t.numel() for t in tensors] if numels is None else list(numels)
@@ -40,9 +48,19 @@ class TileTable:
         codes = torch.tensor([DTYPE_CODES[t.dtype] for t in tensors], dtype=torch.int32)
         base = torch.repeat_interleave(address, counts)
         offset = inside * TILE * torch.repeat_interleave(width, counts)
-        self.base = torch.where(base == 0, base, base + offset).to(device)
-        self.length = torch.clamp(numel - inside * TILE, max=TILE).to(torch.int32).to(device)
-        self.dtype = torch.repeat_interleave(codes, counts).to(device)
+        self.base = _to(torch.where(base == 0, base, base + offset), device)
+        self.length = _to(torch.clamp(numel - inside * TILE, max=TILE).to(torch.int32), device)
+        self.dtype = _to(torch.repeat_interleave(codes, counts), device)
+        # An empty tensor may be of any type: it stands for no gradient.
+        self.codes = sum({1 << DTYPE_CODES[t.dtype] for t in tensors if t.numel()})
+        self.aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _to(host: Tensor, device: torch.device) -> Tensor:
+    """Moves a table without waiting for the device."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 _CACHE: OrderedDict[tuple[object, ...], TileTable] = OrderedDict()
