@@ -46,6 +46,11 @@ typedef enum {
 /* Among equal scores: the lower (tile, offset) first, or every entry that reaches the threshold. */
 typedef enum { SFT_TIE_INDEX = 0, SFT_TIE_ALL = 1 } sft_tie;
 
+/* Where dense_adamw keeps the binary32 values of its weights: in the weights alone (rounded to their type), in a tensor of
+ * its own, or in the bfloat16 weight and 16 bits more.
+ */
+typedef enum { SFT_MASTER_NONE = 0, SFT_MASTER_F32 = 1, SFT_MASTER_SPLIT = 2 } sft_master;
+
 /* Where the tiles of a list of tensors lie. */
 typedef struct {
   const int64_t *base;   /* [n] address of the first element; 0: absent (a missing gradient) */
@@ -130,6 +135,30 @@ SFT_API int32_t sft_cpu_masked_adamw(const sft_tiles *w, const uint16_t *idx, co
                                      double eps, double weight_decay, float l1,
                                      const float *grad_scale, const float *found_inf,
                                      const float *clip, int32_t threads);
+
+/* dense_adamw: one AdamW step of every entry of the tensors that have a gradient. Scalars and powers as in masked_adamw, and
+ * e = 1 - lr * weight_decay, formed in binary64 and then rounded.
+ *   x = master, or fp32(w);  g = fp32(grad) / grad_scale;  g = g + l1 * sign(x - fp32(anchor));  g = g * clip
+ *                                                                              (each only where given, or l1 != 0)
+ *   m = m + (1 - beta1) * (g - m);   v = beta2 * v + ((1 - beta2) * g) * g
+ *   x = x * e                                                                  (only where weight_decay != 0)
+ *   x = x + (-a * m) / (sqrt(v) / c2 + eps);   w = round(x);   step = t
+ * Tiles of grads with base 0: nothing of theirs is read or written (a missing gradient, as torch.optim.AdamW has it); step
+ * counts all the same. exp_avg and exp_avg_sq are both binary32 or both bfloat16; those are rounded at the store, after their
+ * use. The weights have one dtype. anchors (may be null where l1 = 0): any dtypes.
+ * master_kind SFT_MASTER_F32: master holds x, exactly. SFT_MASTER_SPLIT: the weights are bfloat16 and master has 16 signed
+ * bits `low` per entry (the dtype code of its tiles is not read); in int32 arithmetic that wraps around
+ *   bits of x = (bits of w << 16) + low;   w = (bits of x + 0x8000) >> 16;   low = bits of x - (w << 16)
+ * so w is x rounded to the nearest bfloat16, ties away from zero, and nothing of x is lost.
+ * found_inf (may be null) != 0: nothing at all is written.
+ */
+SFT_API int32_t sft_cpu_dense_adamw(const sft_tiles *w, const sft_tiles *grads,
+                                    const sft_tiles *exp_avg, const sft_tiles *exp_avg_sq,
+                                    const sft_tiles *master, int32_t master_kind,
+                                    const sft_tiles *anchors, float *step, const double *lr,
+                                    double beta1, double beta2, double eps, double weight_decay,
+                                    float l1, const float *grad_scale, const float *found_inf,
+                                    const float *clip, int32_t threads);
 
 /* compose: w = round(fp32(w) + acc) with acc = fl(acc + fl(alpha_j * fp32(val_j))) from +0 over the deltas j in the order
  * given; where acc = 0 the weight keeps its bits. undo (may be null): undo[j] [nnz_j], in the dtype of the weights, first

@@ -70,6 +70,9 @@ def test_constants():
     assert number("#define SFT_TILE") == TILE
     assert number("#define SFT_SUM_RUN") == native.SUM_RUN == reference.SUM_RUN
     assert number("#define SFT_ABI_VERSION") == native.ABI_VERSION
+    assert [number(n) for n in ("SFT_MASTER_NONE", "SFT_MASTER_F32", "SFT_MASTER_SPLIT")] == [
+        *(native.MASTER_NONE, native.MASTER_F32, native.MASTER_SPLIT)
+    ]
     assert [number(n) for n in ("SFT_F32", "SFT_BF16", "SFT_F16")] == list(DTYPE_CODES.values())
     assert [
         number(n)

@@ -42,6 +42,12 @@ def arguments(name: str) -> tuple:
                 one,
             ),
         ),
+        "dense_adamw_": (
+            *(a, b, *([torch.rand(s, generator=generator) for s in SHAPES] for _ in range(3))),
+            *(tensors(SHAPES, generator), torch.tensor(0.0)),
+            *(torch.tensor(1e-3, dtype=torch.float64), 0.9, 0.999, 1e-8, 0.1, 0.1),
+            *(one, one * 0, one),
+        ),
         "anchor_l1_": (a, b, tensors(SHAPES, generator), 0.1),
         "compose_": (a, [idx], [ptr], [vectors[0]], [0.5], [torch.empty(n)]),
         "restore_": (a, [idx], [ptr], [vectors[0]]),
@@ -191,7 +197,9 @@ def test_everything_else_that_does_not_fit():
 
 
 @pytest.mark.parametrize("change", [(0, 1), (-1, 1), (-1, -1)])
-@pytest.mark.parametrize("name", sorted(OPS.keys() - {"check_support", "anchor_l1_"}))
+@pytest.mark.parametrize(
+    "name", sorted(OPS.keys() - {"check_support", "anchor_l1_", "dense_adamw_"})
+)
 def test_a_ptr_that_would_lead_c_astray_is_refused(name, change, native_library, monkeypatch):
     monkeypatch.setenv("SPARSE_FT_BACKEND", "cpu")
     args = arguments(name)
@@ -207,24 +215,28 @@ def test_a_ptr_that_would_lead_c_astray_is_refused(name, change, native_library,
         assert old.numpy().tobytes() == new.numpy().tobytes()
 
 
-def test_hyperparameters_out_of_range():
-    good = list(arguments("masked_adamw_"))
-    for position, value, message in [
-        (11, 1.0, "beta1"),
-        (12, -0.1, "beta2"),
-        (13, -1.0, "eps"),
-        (14, -1.0, "weight_decay"),
-        (15, float("nan"), "l1"),
-    ]:
+@pytest.mark.parametrize(("name", "first"), [("masked_adamw_", 11), ("dense_adamw_", 8)])
+def test_hyperparameters_out_of_range(name, first):
+    good = list(arguments(name))
+    for position, (value, message) in enumerate(
+        [
+            (1.0, "beta1"),
+            (-0.1, "beta2"),
+            (-1.0, "eps"),
+            (-1.0, "weight_decay"),
+            (float("nan"), "l1"),
+        ],
+        first,
+    ):
         bad = [*good]
         bad[position] = value
-        with pytest.raises(ValueError, match=f"masked_adamw_: {message} must be in"):
-            OP.masked_adamw_(*bad)
+        with pytest.raises(ValueError, match=f"{name}: {message} must be in"):
+            getattr(OP, name)(*bad)
 
 
 def test_a_forced_backend_never_falls_back(monkeypatch):
     monkeypatch.setenv("SPARSE_FT_BACKEND", "nonsense")
-    with pytest.raises(BackendError, match="no such backend; choose among cpu, reference"):
+    with pytest.raises(BackendError, match="no such backend; choose among cpu, .*reference"):
         select_topk([torch.ones(3)], k=1)
     monkeypatch.setenv("SPARSE_FT_BACKEND", "cpu")
     monkeypatch.setattr(dispatch.native, "load", lambda: (None, "the library is not built"))

@@ -188,6 +188,17 @@ int32_t sft_cpu_masked_adamw(const sft_tiles *w, const uint16_t *idx, const int6
                                threads);
 }
 
+int32_t sft_cpu_dense_adamw(const sft_tiles *w, const sft_tiles *grads, const sft_tiles *exp_avg,
+                            const sft_tiles *exp_avg_sq, const sft_tiles *master,
+                            int32_t master_kind, const sft_tiles *anchors, float *step,
+                            const double *lr, double beta1, double beta2, double eps,
+                            double weight_decay, float l1, const float *grad_scale,
+                            const float *found_inf, const float *clip, int32_t threads) {
+  return table()->dense_adamw(w, grads, exp_avg, exp_avg_sq, master, master_kind, anchors, step, lr,
+                              beta1, beta2, eps, weight_decay, l1, grad_scale, found_inf, clip,
+                              threads);
+}
+
 int64_t sft_cpu_compose_workspace_bytes(int32_t n_deltas, int32_t threads) {
   return table()->compose_workspace_bytes(n_deltas, threads);
 }

@@ -9,6 +9,7 @@
   X(select_random_emit)          \
   X(gather)                      \
   X(masked_adamw)                \
+  X(dense_adamw)                 \
   X(compose_workspace_bytes)     \
   X(compose)                     \
   X(restore)                     \

@@ -342,6 +342,32 @@ def _check_number(op: str, name: str, value: float, low: float, below: float = m
         raise ValueError(f"{op}: {name} must be in [{low}, {below}), got {value}")
 
 
+def _check_step(
+    op: str,
+    step: Tensor,
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip: Tensor | None,
+    device: torch.device,
+) -> None:
+    _check_scalar(op, "step", step, torch.float32, device)
+    _check_scalar(op, "lr", lr, torch.float64, device)
+    for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf), ("clip", clip)):
+        if scalar is not None:
+            _check_scalar(op, name, scalar, torch.float32, device)
+
+
+def _check_hyperparameters(
+    op: str, beta1: float, beta2: float, eps: float, weight_decay: float, l1: float
+) -> None:
+    _check_number(op, "beta1", beta1, 0.0, 1.0)
+    _check_number(op, "beta2", beta2, 0.0, 1.0)
+    _check_number(op, "eps", eps, 0.0)
+    _check_number(op, "weight_decay", weight_decay, 0.0)
+    _check_number(op, "l1", l1, 0.0)
+
+
 @_op(
     "masked_adamw_(Tensor(a!)[] weights, Tensor idx, Tensor ptr, Tensor? grad, Tensor[] grads,"
     " Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) delta, Tensor theta0, Tensor(e!) step,"
@@ -403,16 +429,103 @@ def _masked_adamw(
     for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("delta", delta)):
         _check_vector(op, name, state, torch.float32, nnz, device)
     _check_vector(op, "theta0", theta0, dtype, nnz, device)
-    _check_scalar(op, "step", step, torch.float32, device)
-    _check_scalar(op, "lr", lr, torch.float64, device)
-    for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf), ("clip", clip)):
-        if scalar is not None:
-            _check_scalar(op, name, scalar, torch.float32, device)
-    _check_number(op, "beta1", beta1, 0.0, 1.0)
-    _check_number(op, "beta2", beta2, 0.0, 1.0)
-    _check_number(op, "eps", eps, 0.0)
-    _check_number(op, "weight_decay", weight_decay, 0.0)
-    _check_number(op, "l1", l1, 0.0)
+    _check_step(op, step, lr, grad_scale, found_inf, clip, device)
+    _check_hyperparameters(op, beta1, beta2, eps, weight_decay, l1)
+
+
+def _check_master(op: str, master: Tensors, weights: Tensors, dtype: torch.dtype) -> None:
+    _check_alike(op, "master", master, "weights", weights)
+    for i, tensor in enumerate(master):
+        if tensor.dtype != master[0].dtype or tensor.dtype not in (torch.float32, torch.int16):
+            raise ValueError(
+                f"{op}: master[{i}] has dtype {tensor.dtype}, master[0] {master[0].dtype}; all "
+                "must be float32, or all int16 (the low halves beside bfloat16 weights)"
+            )
+        if tensor.layout is not torch.strided or not tensor.is_contiguous():
+            raise ValueError(f"{op}: master[{i}] is not contiguous; call contiguous() first")
+    if master[0].dtype == torch.int16 and dtype != torch.bfloat16:
+        raise ValueError(
+            f"{op}: an int16 master holds the low halves of bfloat16 weights, but these are {dtype}"
+        )
+
+
+def _dense_adamw_bytes(
+    weights: Tensors,
+    grads: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    master: Tensors,
+    anchors: Tensors,
+    *rest: Any,
+) -> int:
+    l1 = rest[6]
+    total = _dense_bytes(grads)
+    for i, grad in enumerate(grads):
+        if not grad.numel():
+            continue
+        total += 2 * _dense_bytes([exp_avg[i], exp_avg_sq[i]])
+        if master:
+            total += 2 * _dense_bytes([master[i]])
+        # Beside an fp32 master the weights are only written.
+        once = bool(master) and master[i].dtype == torch.float32
+        total += (1 if once else 2) * _dense_bytes([weights[i]])
+        if l1 != 0:
+            total += _dense_bytes([anchors[i]])
+    return total
+
+
+@_op(
+    "dense_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avg,"
+    " Tensor(c!)[] exp_avg_sq, Tensor(d!)[] master, Tensor[] anchors, Tensor(e!) step, Tensor lr,"
+    " float beta1, float beta2, float eps, float weight_decay, float l1, Tensor? grad_scale,"
+    " Tensor? found_inf, Tensor? clip) -> ()",
+    fake=lambda *_: None,
+    bytes_moved=_dense_adamw_bytes,
+)
+def _dense_adamw(
+    weights: Tensors,
+    grads: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    master: Tensors,
+    anchors: Tensors,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    l1: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip: Tensor | None,
+) -> None:
+    op = "dense_adamw_"
+    _check_tensors(op, "weights", weights)
+    dtype = _check_one_dtype(op, weights)
+    device = _device(weights, step)
+    _check_grads(op, grads, _numels(weights))
+    if grads and grads[0].device != device:
+        raise ValueError(f"{op}: the gradients are on {grads[0].device}, the weights on {device}")
+    for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _check_tensors(op, name, state)
+        _check_alike(op, name, state, "weights", weights)
+    for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        for i, moment in enumerate(state):
+            if moment.dtype == torch.float16 or moment.dtype != exp_avg[0].dtype:
+                raise ValueError(
+                    f"{op}: {name}[{i}] has dtype {moment.dtype}, exp_avg[0] {exp_avg[0].dtype}; "
+                    "the moments must all be float32 or all bfloat16"
+                )
+    if master:
+        _check_master(op, master, weights, dtype)
+    if anchors:
+        _check_tensors(op, "anchors", anchors)
+        _check_alike(op, "anchors", anchors, "weights", weights)
+    elif l1 != 0 and weights:
+        raise ValueError(f"{op}: l1 = {l1} needs anchors")
+    _check_step(op, step, lr, grad_scale, found_inf, clip, device)
+    _check_hyperparameters(op, beta1, beta2, eps, weight_decay, l1)
 
 
 @_op(

@@ -20,6 +20,9 @@ ABI_VERSION = 1
 # SFT_SUM_RUN of csrc/sparse_ft.h.
 SUM_RUN = 1024
 
+# sft_master of csrc/sparse_ft.h.
+MASTER_NONE, MASTER_F32, MASTER_SPLIT = range(3)
+
 OK, BAD_ARGUMENT, NONFINITE, TOO_FEW, WORKSPACE = range(5)
 
 
@@ -69,6 +72,13 @@ SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
         c_int32,
         (
             *(_TILES, _P, _P, _P, _TILES, _P, _P, _P, _P, _P, _P),
+            *(c_double, c_double, c_double, c_double, c_float, _P, _P, _P, c_int32),
+        ),
+    ),
+    "sft_cpu_dense_adamw": (
+        c_int32,
+        (
+            *(_TILES, _TILES, _TILES, _TILES, _TILES, c_int32, _TILES, _P, _P),
             *(c_double, c_double, c_double, c_double, c_float, _P, _P, _P, c_int32),
         ),
     ),
@@ -350,6 +360,41 @@ def masked_adamw_(
         *(_ptr(grad_scale), _ptr(found_inf), _ptr(clip), _threads()),
     )
     _check("masked_adamw_", status)
+
+
+def dense_adamw_(
+    weights: Tensors,
+    grads: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    master: Tensors,
+    anchors: Tensors,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    l1: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip: Tensor | None,
+) -> None:
+    kind = MASTER_NONE
+    if master:
+        kind = MASTER_SPLIT if master[0].dtype == torch.int16 else MASTER_F32
+    if kind == MASTER_SPLIT:
+        # The low halves have no code of their own: a table needs one of the same width.
+        master = [low.view(torch.bfloat16) for low in master]
+    status = _library().sft_cpu_dense_adamw(
+        *(_struct(tile_table(weights)), _struct(tile_table(grads, [w.numel() for w in weights]))),
+        *(_struct(tile_table(exp_avg)), _struct(tile_table(exp_avg_sq))),
+        *(_struct(tile_table(master)) if master else None, kind),
+        *(_struct(tile_table(anchors)) if l1 != 0 else None, step.data_ptr(), lr.data_ptr()),
+        *(beta1, beta2, eps, weight_decay, l1),
+        *(_ptr(grad_scale), _ptr(found_inf), _ptr(clip), _threads()),
+    )
+    _check("dense_adamw_", status)
 
 
 def anchor_l1_(grads: Tensors, weights: Tensors, anchors: Tensors, coeff: float) -> Tensor:

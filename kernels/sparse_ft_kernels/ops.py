@@ -112,6 +112,12 @@ def gather(
     )
 
 
+def _rate(lr: Tensor | float, step: Tensor) -> Tensor:
+    if isinstance(lr, Tensor):
+        return lr
+    return torch.tensor([lr], dtype=torch.float64, device=step.device)
+
+
 def masked_adamw_(
     weights: Sequence[Tensor],
     idx: Tensor,
@@ -159,12 +165,58 @@ def masked_adamw_(
     """
     compact = grad if isinstance(grad, Tensor) else None
     dense = [] if isinstance(grad, Tensor) else list(grad)
-    rate = (
-        lr if isinstance(lr, Tensor) else torch.tensor([lr], dtype=torch.float64, device=idx.device)
-    )
+    rate = _rate(lr, step)
     _OPS.masked_adamw_(
         *(list(weights), idx, ptr, compact, dense, exp_avg, exp_avg_sq, delta, theta0, step, rate),
         *(betas[0], betas[1], eps, weight_decay, l1, grad_scale, found_inf, clip),
+    )
+
+
+def dense_adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    master: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    step: Tensor,
+    *,
+    lr: Tensor | float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    l1: float = 0.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> None:
+    """One AdamW step of every entry, in one pass, with the L1 term toward the anchors.
+
+    Args:
+        weights: Tensors of one data type, changed in place.
+        grads: Dense gradients, of any data types; an empty tensor where there is none: then weight,
+            moments and master of that tensor stay as they are, as in `torch.optim.AdamW`.
+        exp_avg: First moments, all fp32 or all bf16, changed in place.
+        exp_avg_sq: Second moments, of the same data type, changed in place.
+        master: Where the fp32 values of the weights are kept, changed in place. Empty: in the
+            weights alone. fp32 tensors: there. int16 tensors, beside bf16 weights: the low halves;
+            weight and low half together are the fp32 value, exactly, and the weight is that value
+            rounded to the nearest bf16, ties away from zero.
+        anchors: The weights at the start, for the L1 term; empty where l1 is 0.
+        step: fp32 scalar tensor, steps taken, changed in place.
+        lr: fp64 scalar tensor, or a number.
+        betas: Decay rates of the moments, in [0, 1).
+        eps: ε, ≥ 0.
+        weight_decay: Decoupled decay, ≥ 0.
+        l1: λ/N of the L1 term, ≥ 0 (LT-SFT §3.2).
+        grad_scale: fp32 scalar tensor: gradients are divided by it.
+        found_inf: fp32 scalar tensor: where it is not 0 nothing is written, `step` included.
+        clip: fp32 scalar tensor: gradients (with the L1 term) are multiplied by it.
+    """
+    _OPS.dense_adamw_(
+        *(list(weights), list(grads), list(exp_avg), list(exp_avg_sq), list(master)),
+        *(list(anchors), step, _rate(lr, step), betas[0], betas[1], eps, weight_decay, l1),
+        *(grad_scale, found_inf, clip),
     )
 
 

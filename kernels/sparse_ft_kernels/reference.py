@@ -274,6 +274,16 @@ def _power(beta: float, t: int) -> float:
     return p
 
 
+def _root(v: Tensor) -> Tensor:
+    # torch's float32 square root is not correctly rounded everywhere; through float64 it is.
+    return v.to(torch.float64).sqrt().to(torch.float32)
+
+
+def _like(value: float, tensor: Tensor) -> Tensor:
+    # By a Python number torch divides on some devices through its reciprocal, by a tensor never.
+    return torch.tensor(value, dtype=torch.float32, device=tensor.device)
+
+
 def masked_adamw_(
     weights: Tensors,
     idx: Tensor,
@@ -314,9 +324,7 @@ def masked_adamw_(
     d = delta
     if weight_decay != 0:
         d = d - (theta0.to(torch.float32) + d) * (rate * weight_decay)
-    # torch's float32 square root is not correctly rounded everywhere; through float64 it is.
-    root = v.to(torch.float64).sqrt().to(torch.float32)
-    d = d + (m * (-rate / (1 - _power(beta1, t)))) / (root / correction + eps)
+    d = d + (m * (-rate / (1 - _power(beta1, t)))) / (_root(v) / _like(correction, v) + eps)
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
     delta.copy_(d)
@@ -328,6 +336,77 @@ def _write(weights: Tensors, idx: Tensor, ptr: Tensor, values: Tensor) -> None:
     numels = [t.numel() for t in weights]
     for weight, (entries, flat) in zip(weights, _positions(numels, idx, ptr), strict=True):
         weight.view(-1)[flat] = values[entries].to(weight.dtype)
+
+
+def _join(weight: Tensor, low: Tensor) -> Tensor:
+    """fp32 master values from bf16 weights and the 16 bits below, as csrc/sparse_ft.h states it."""
+    bits = (weight.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+def _split(x: Tensor, weight: Tensor, low: Tensor) -> None:
+    """Writes fp32 master values as bf16 weights and the 16 bits below."""
+    bits = x.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    weight.view(torch.int16).copy_(high)
+    low.copy_(bits - (high << 16))
+
+
+def dense_adamw_(
+    weights: Tensors,
+    grads: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    master: Tensors,
+    anchors: Tensors,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    l1: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip: Tensor | None,
+) -> None:
+    """One AdamW step of every entry that has a gradient; w = round(x), x the fp32 master."""
+    if found_inf is not None and float(found_inf) != 0:
+        return
+    t = int(float(step) + 1)
+    rate = float(lr)
+    minus_a = -rate / (1 - _power(beta1, t))
+    correction = math.sqrt(1 - _power(beta2, t))
+    step.fill_(t)
+    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        if not grad.numel():
+            continue
+        low = master[i] if master and master[i].dtype == torch.int16 else None
+        if low is not None:
+            x = _join(weight, low)
+        else:
+            x = (master[i] if master else weight).to(torch.float32)
+        g = grad.reshape(weight.shape).to(torch.float32)
+        if grad_scale is not None:
+            g = g / grad_scale.reshape(())
+        if l1 != 0:
+            g = g + (x - anchors[i].to(torch.float32)).sign() * l1
+        if clip is not None:
+            g = g * clip.reshape(())
+        m, v = exp_avg[i].to(torch.float32), exp_avg_sq[i].to(torch.float32)
+        m = m + (g - m) * (1 - beta1)
+        v = v * beta2 + (g * (1 - beta2)) * g
+        if weight_decay != 0:
+            x = x * (1 - rate * weight_decay)
+        x = x + (m * minus_a) / (_root(v) / _like(correction, v) + eps)
+        exp_avg[i].copy_(m)
+        exp_avg_sq[i].copy_(v)
+        if low is not None:
+            _split(x, weight, low)
+            continue
+        if master:
+            master[i].copy_(x)
+        weight.copy_(x)
 
 
 def anchor_l1_(grads: Tensors, weights: Tensors, anchors: Tensors, coeff: float) -> Tensor:
