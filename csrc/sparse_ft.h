@@ -172,7 +172,9 @@ SFT_API int32_t sft_cpu_compose(const sft_tiles *w, int32_t n_deltas, const uint
                                 int64_t *stats, void *workspace, int64_t workspace_bytes,
                                 int32_t threads);
 
-/* restore: w[idx_j] = undo[j], bit for bit. */
+/* restore: w[idx_j] = undo[j], bit for bit. Where supports overlap, their undo logs must hold the same value there, as
+ * compose writes them; the deltas may then be restored in any order, or at once.
+ */
 SFT_API int32_t sft_cpu_restore(const sft_tiles *w, int32_t n_deltas, const uint16_t *const *idx,
                                 const int64_t *const *ptr, const void *const *undo,
                                 int32_t threads);

@@ -22,6 +22,7 @@ from sparse_ft_kernels import (
     restore_,
     select_random,
     select_topk,
+    swap_,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "restore_",
     "select_random",
     "select_topk",
+    "swap_",
 ]

@@ -19,6 +19,7 @@ from .ops import (
     restore_,
     select_random,
     select_topk,
+    swap_,
 )
 from .tile_table import TILE, TileTable, tile_table
 
@@ -41,5 +42,6 @@ __all__ = [
     "restore_",
     "select_random",
     "select_topk",
+    "swap_",
     "tile_table",
 ]

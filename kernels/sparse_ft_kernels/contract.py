@@ -560,11 +560,12 @@ def _check_deltas(
     device: torch.device,
     val: Tensors | None = None,
     alphas: Sequence[float] | None = None,
+    prefix: str = "",
 ) -> None:
     if len(idx) != len(ptr):
-        raise ValueError(f"{op}: {len(idx)} idx and {len(ptr)} ptr; one of each per delta")
+        raise ValueError(f"{op}: {len(idx)} {prefix}idx and {len(ptr)} ptr; one of each per delta")
     for j, (i, p) in enumerate(zip(idx, ptr, strict=True)):
-        _check_support(op, i, p, tiles, device, f"delta {j} ")
+        _check_support(op, i, p, tiles, device, f"{prefix}delta {j} ")
     if val is not None:
         if len(val) != len(idx):
             raise ValueError(f"{op}: {len(val)} val for {len(idx)} deltas")
@@ -581,12 +582,17 @@ def _check_deltas(
 
 
 def _check_undo(
-    op: str, undo: Tensors, idx: Tensors, dtype: torch.dtype, device: torch.device
+    op: str,
+    undo: Tensors,
+    idx: Tensors,
+    dtype: torch.dtype,
+    device: torch.device,
+    prefix: str = "",
 ) -> None:
     if len(undo) != len(idx):
-        raise ValueError(f"{op}: {len(undo)} undo arrays for {len(idx)} deltas")
+        raise ValueError(f"{op}: {len(undo)} {prefix}undo arrays for {len(idx)} deltas")
     for j, (u, i) in enumerate(zip(undo, idx, strict=True)):
-        _check_vector(op, f"undo[{j}]", u, dtype, i.shape[0], device)
+        _check_vector(op, f"{prefix}undo[{j}]", u, dtype, i.shape[0], device)
 
 
 def _compose_bytes(weights: Tensors, idx: Tensors, *_: Any) -> int:
@@ -630,6 +636,36 @@ def _restore(weights: Tensors, idx: Tensors, ptr: Tensors, undo: Tensors) -> Non
     device = _device(weights)
     _check_deltas("restore_", idx, ptr, n_tiles(_numels(weights)), device)
     _check_undo("restore_", undo, idx, dtype, device)
+
+
+@_op(
+    "swap_(Tensor(a!)[] weights, Tensor[] old_idx, Tensor[] old_ptr, Tensor[] old_undo,"
+    " Tensor[] idx, Tensor[] ptr, Tensor[] val, float[] alphas, Tensor(b!)[] undo) -> Tensor",
+    fake=lambda weights, *_: torch.empty(2, dtype=torch.int64, device=_device(weights)),
+    bytes_moved=lambda weights, old_idx, old_ptr, old_undo, idx, *_: (
+        _compose_bytes(weights, old_idx) + _compose_bytes(weights, idx)
+    ),
+)
+def _swap(
+    weights: Tensors,
+    old_idx: Tensors,
+    old_ptr: Tensors,
+    old_undo: Tensors,
+    idx: Tensors,
+    ptr: Tensors,
+    val: Tensors,
+    alphas: Sequence[float],
+    undo: Tensors,
+) -> None:
+    _check_tensors("swap_", "weights", weights)
+    dtype = _check_one_dtype("swap_", weights)
+    device = _device(weights)
+    tiles = n_tiles(_numels(weights))
+    _check_deltas("swap_", old_idx, old_ptr, tiles, device, prefix="old ")
+    _check_undo("swap_", old_undo, old_idx, dtype, device, prefix="old_")
+    _check_deltas("swap_", idx, ptr, tiles, device, val, alphas)
+    if undo:
+        _check_undo("swap_", undo, idx, dtype, device)
 
 
 def _fake_merge(lengths: Tensor, idx: Tensors, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -198,7 +198,7 @@ def _floats(values: Sequence[float]) -> ctypes.Array[c_float]:
     return (c_float * max(1, len(values)))(*values)
 
 
-def _require_ends(op: str, idx: Sequence[Tensor], ptr: Sequence[Tensor]) -> None:
+def _require_ends(op: str, idx: Sequence[Tensor], ptr: Sequence[Tensor], prefix: str = "") -> None:
     """Refuses a ptr that does not run from 0 to nnz: C would read beyond the arrays.
 
     What lies between is not looked at, which would cost a pass; `check_support` does that.
@@ -207,8 +207,8 @@ def _require_ends(op: str, idx: Sequence[Tensor], ptr: Sequence[Tensor]) -> None
         first, last = int(p[0]), int(p[-1])
         if first != 0 or last != i.shape[0]:
             raise ValueError(
-                f"{op}: ptr of support {j} runs from {first} to {last}, but it must run from 0 to "
-                f"nnz = {i.shape[0]}"
+                f"{op}: ptr of {prefix}support {j} runs from {first} to {last}, but it must run "
+                f"from 0 to nnz = {i.shape[0]}"
             )
 
 
@@ -442,6 +442,24 @@ def restore_(weights: Tensors, idx: Tensors, ptr: Tensors, undo: Tensors) -> Non
         *(_addresses(undo), _threads()),
     )
     _check("restore_", status)
+
+
+def swap_(
+    weights: Tensors,
+    old_idx: Tensors,
+    old_ptr: Tensors,
+    old_undo: Tensors,
+    idx: Tensors,
+    ptr: Tensors,
+    val: Tensors,
+    alphas: Sequence[float],
+    undo: Tensors,
+) -> Tensor:
+    # Both before the first write.
+    _require_ends("swap_", old_idx, old_ptr, "old ")
+    _require_ends("swap_", idx, ptr)
+    restore_(weights, old_idx, old_ptr, old_undo)
+    return compose_(weights, idx, ptr, val, alphas, undo)
 
 
 def merge(

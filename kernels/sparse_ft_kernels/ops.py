@@ -268,8 +268,51 @@ def compose_(
 def restore_(
     weights: Sequence[Tensor], idx: Sequence[Tensor], ptr: Sequence[Tensor], undo: Sequence[Tensor]
 ) -> None:
-    """Writes the values that `compose_` logged back, bit for bit."""
+    """Writes the values that `compose_` logged back, bit for bit.
+
+    Args:
+        weights: Tensors of one data type, changed in place.
+        idx: One uint16 vector per delta.
+        ptr: One int64 [tiles + 1] per delta.
+        undo: The logs. Where supports overlap, they must hold the same value there, as one call of
+            `compose_` writes them: the order in which deltas are restored is not defined.
+    """
     _OPS.restore_(list(weights), list(idx), list(ptr), list(undo))
+
+
+def swap_(
+    weights: Sequence[Tensor],
+    old_idx: Sequence[Tensor],
+    old_ptr: Sequence[Tensor],
+    old_undo: Sequence[Tensor],
+    idx: Sequence[Tensor],
+    ptr: Sequence[Tensor],
+    val: Sequence[Tensor],
+    alphas: Sequence[float],
+    undo: Sequence[Tensor] = (),
+) -> Tensor:
+    """`restore_` of the old deltas, then `compose_` of the new ones, as one op.
+
+    Args:
+        weights: Tensors of one data type, changed in place.
+        old_idx: One uint16 vector per delta that is applied now; may be empty.
+        old_ptr: One int64 [tiles + 1] per such delta.
+        old_undo: Their logs, as in `restore_`: where old supports overlap, with the same value.
+        idx: One uint16 vector per new delta; may be empty.
+        ptr: One int64 [tiles + 1] per new delta.
+        val: One vector per new delta (fp32, bf16 or fp16).
+        alphas: One finite weight per new delta.
+        undo: One vector per new delta in the data type of the weights, which receives the weights
+            as they are without any delta; none of them may share memory with `old_undo`. Empty: no
+            undo.
+
+    Returns:
+        int64 [2], as `compose_`.
+    """
+    return _OPS.swap_(  # type: ignore[no-any-return]
+        *(list(weights), list(old_idx), list(old_ptr), list(old_undo)),
+        *(list(idx), list(ptr), list(val), list(alphas), list(undo)),
+    )
 
 
 def merge(

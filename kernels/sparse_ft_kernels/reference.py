@@ -470,6 +470,22 @@ def restore_(weights: Tensors, idx: Tensors, ptr: Tensors, undo: Tensors) -> Non
             weight.view(-1)[flat] = log[entries]
 
 
+def swap_(
+    weights: Tensors,
+    old_idx: Tensors,
+    old_ptr: Tensors,
+    old_undo: Tensors,
+    idx: Tensors,
+    ptr: Tensors,
+    val: Tensors,
+    alphas: Sequence[float],
+    undo: Tensors,
+) -> Tensor:
+    """restore_ of the old deltas, then compose_ of the new ones."""
+    restore_(weights, old_idx, old_ptr, old_undo)
+    return compose_(weights, idx, ptr, val, alphas, undo)
+
+
 def merge(
     lengths: Tensor, idx: Tensors, ptr: Tensors, val: Tensors, alphas: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
