@@ -110,6 +110,24 @@ def load_any(base, offset, code, mask, CODES: tl.constexpr):
 
 
 @triton.jit
+def load(pointer, mask, MASKED: tl.constexpr):
+    """A block of a stream. Without a mask, accesses are as wide as the alignment allows."""
+    if MASKED:
+        return tl.load(pointer, mask=mask, other=0)
+    else:
+        return tl.load(pointer)
+
+
+@triton.jit
+def store(pointer, value, mask, MASKED: tl.constexpr):
+    """The counterpart of load."""
+    if MASKED:
+        tl.store(pointer, value, mask=mask)
+    else:
+        tl.store(pointer, value)
+
+
+@triton.jit
 def sign(x):
     return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
 
@@ -320,6 +338,38 @@ def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
 def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     """fp64 numbers on a device, uploaded once. Python's floats reach a kernel as fp32 otherwise."""
     return upload(values, torch.float64, device)
+
+
+@lru_cache(maxsize=64)
+def scalar(value: float, device: torch.device) -> Tensor:
+    """One fp32 number on a device, uploaded once: the default of an optional scalar."""
+    return upload([value], torch.float32, device)
+
+
+_TICKETS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def ticket_of(step: Tensor) -> Tensor:
+    """The counter by which the last program of a launch knows that it is the last: int32 [1], 0.
+
+    The step count may be changed only when every program has read it.
+    """
+    ticket = _TICKETS.get(step)
+    if ticket is None:
+        ticket = torch.zeros(1, dtype=torch.int32, device=step.device)
+        if not capturing(step.device):  # else the graph zeroes one of its own at each replay
+            _TICKETS[step] = ticket
+    return ticket
+
+
+@triton.jit
+def finish(step_ptr, ticket_ptr):
+    """Called by every program when it has used the step count: the last one counts the step."""
+    tl.debug_barrier()  # no warp of this program has its read of the step still before it
+    done = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+    if done == tl.num_programs(0) - 1:
+        tl.store(ticket_ptr, 0)
+        tl.store(step_ptr, tl.load(step_ptr) + 1)
 
 
 @lru_cache(maxsize=64)
