@@ -39,14 +39,24 @@ _RUN = tl.constexpr(RUN)
 
 
 @triton.jit
-def typed(address, CODE: tl.constexpr):
-    """Pointers of an element type from int64 addresses."""
+def typed(address, CODE: tl.constexpr, ALIGNED: tl.constexpr = False):
+    """Pointers of an element type from int64 addresses.
+
+    Args:
+        address: Addresses.
+        CODE: Element type.
+        ALIGNED: `address` is one multiple of 16. The cast forgets it, and loads would fall to single
+            elements.
+    """
     if CODE == F32:
-        return address.to(tl.pointer_type(tl.float32))
+        pointer = address.to(tl.pointer_type(tl.float32))
     elif CODE == BF16:
-        return address.to(tl.pointer_type(tl.int16))
+        pointer = address.to(tl.pointer_type(tl.int16))
     else:
-        return address.to(tl.pointer_type(tl.float16))
+        pointer = address.to(tl.pointer_type(tl.float16))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -85,7 +95,7 @@ def stochastic_bf16(x, seed, position):
 
 
 @triton.jit
-def load_any(base, offset, code, mask, CODES: tl.constexpr):
+def load_any(base, offset, code, mask, CODES: tl.constexpr, ALIGNED: tl.constexpr = False):
     """fp32 of elements whose type is known tile by tile.
 
     Args:
@@ -94,18 +104,19 @@ def load_any(base, offset, code, mask, CODES: tl.constexpr):
         code: Type of each tile's elements; not looked at where CODES names a single type.
         mask: What to read.
         CODES: Bit c is set where type c occurs.
+        ALIGNED: `base` is one address, a multiple of 16.
     """
     there = mask & (base != 0)
     if CODES == 1:
-        return tl.load(typed(base, 0) + offset, mask=there, other=0.0)
+        return tl.load(typed(base, 0, ALIGNED) + offset, mask=there, other=0.0)
     elif CODES == 2:
-        return to_f32(tl.load(typed(base, 1) + offset, mask=there, other=0), 1)
+        return to_f32(tl.load(typed(base, 1, ALIGNED) + offset, mask=there, other=0), 1)
     elif CODES == 4:
-        return to_f32(tl.load(typed(base, 2) + offset, mask=there, other=0.0), 2)
+        return to_f32(tl.load(typed(base, 2, ALIGNED) + offset, mask=there, other=0.0), 2)
     else:
-        full = tl.load(typed(base, 0) + offset, mask=there & (code == 0), other=0.0)
-        brain = tl.load(typed(base, 1) + offset, mask=there & (code == 1), other=0)
-        half = tl.load(typed(base, 2) + offset, mask=there & (code == 2), other=0.0)
+        full = tl.load(typed(base, 0, ALIGNED) + offset, mask=there & (code == 0), other=0.0)
+        brain = tl.load(typed(base, 1, ALIGNED) + offset, mask=there & (code == 1), other=0)
+        half = tl.load(typed(base, 2, ALIGNED) + offset, mask=there & (code == 2), other=0.0)
         return tl.where(code == 0, full, tl.where(code == 1, to_f32(brain, 1), to_f32(half, 2)))
 
 

@@ -131,7 +131,7 @@ def _update(
         tile = tl.load(first_ptr + block)
         start = tl.load(idx_ptr + block * BLOCK).to(tl.int32)
         offset = tl.multiple_of(start, 8) + tl.arange(0, BLOCK)
-        weights = tl.multiple_of(typed(tl.load(weights_ptr + tile), CODE), 16) + offset
+        weights = typed(tl.load(weights_ptr + tile), CODE, True) + offset
     else:
         tile = tile_of(e, first_ptr, ptr_ptr, block)
         offset = load(idx_ptr + e, mask, MASKED).to(tl.int32)
@@ -141,10 +141,8 @@ def _update(
         g = load(grad_ptr + e, mask, MASKED)
     else:
         base = tl.load(grads_ptr + tile)
-        if DENSE:
-            base = tl.multiple_of(base, 16)
         code = tl.load(grads_code_ptr + tile)
-        g = load_any(base, offset, code, mask, GRAD_CODES)
+        g = load_any(base, offset, code, mask, GRAD_CODES, DENSE)
     m = load(exp_avg_ptr + e, mask, MASKED)
     v = load(exp_avg_sq_ptr + e, mask, MASKED)
     delta = load(delta_ptr + e, mask, MASKED)
