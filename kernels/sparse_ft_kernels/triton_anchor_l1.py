@@ -122,7 +122,7 @@ def _tile_sums_kernel(sums_ptr, out_ptr, n, BLOCK: tl.constexpr):
     mask = tile < n
     total = tl.zeros((BLOCK,), tl.float64)
     for run in range(64):
-        total += tl.load(sums_ptr + tile * 64 + run, mask=mask, other=0.0)
+        total += tl.load(sums_ptr + (tile * 64 + run), mask=mask, other=0.0)
     tl.store(out_ptr + tile, total, mask=mask)
 
 

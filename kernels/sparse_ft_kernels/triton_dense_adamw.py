@@ -44,7 +44,7 @@ from .triton_common import (
 from .triton_masked_adamw import adam_scalars, moments
 
 BLOCK = 1024
-NUM_WARPS = 4
+NUM_WARPS = {0: 8, 1: 4}  # by the type of the moments: four fp32 or eight bf16 values a thread
 
 NO_MASTER = tl.constexpr(0)
 FULL_MASTER = tl.constexpr(1)
@@ -233,7 +233,7 @@ def dense_adamw_(
         grad_scale if grad_scale is not None else one,
         found_inf if found_inf is not None else scalar(0.0, device),
         clip if clip is not None else one,
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS[code_of(exp_avg)],
         CODE=code_of(weights),
         GRAD_CODES=grad_table.codes,
         MOMENT_CODE=code_of(exp_avg),
@@ -285,7 +285,7 @@ def variants() -> list[Variant]:
                 "ALIGNED": True,
                 "BLOCK": BLOCK,
             },
-            NUM_WARPS,
+            NUM_WARPS[moment],
         )
         for name, code, moment, master in (
             ("f32", 0, 0, 0),
