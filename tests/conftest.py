@@ -57,6 +57,15 @@ def native_library() -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture
+def other_backends() -> list[str]:
+    """The backends besides the native one that serve CPU tensors here."""
+    from sparse_ft_kernels import triton_backend
+
+    triton = [] if triton_backend.unavailable(torch.device("cpu")) else ["triton"]
+    return [*triton, "reference"]
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` gives NaN (integers: the largest), so that an output left unwritten cannot

@@ -115,15 +115,16 @@ def test_overflow_in_fp16_is_infinite_and_undone(backend):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
+    shapes=st.sampled_from([[(300,), (1000,)], [(300,), (66_000,)]]),
     count=st.integers(1, 6),
     density=st.floats(0, 1),
     dtype=st.sampled_from(DTYPES),
     alphas=st.lists(st.floats(-3, 3, width=32), min_size=6, max_size=6),
     seed=st.integers(0, 2**16),
 )
-def test_any_deltas(backend, count, density, dtype, alphas, seed):
+def test_any_deltas(backend, shapes, count, density, dtype, alphas, seed):
     generator = torch.Generator().manual_seed(seed)
-    start = tensors([(300,), (66_000,)], generator, dtype)
+    start = tensors(shapes, generator, dtype)
     weights = [t.clone() for t in start]
     deltas = make_deltas(numels(start), count, density, generator)
     undo = undo_for(deltas, start)

@@ -2,6 +2,7 @@
 refused.
 """
 
+import math
 import re
 
 import pytest
@@ -260,3 +261,65 @@ def test_explain_names_one_choice_per_op():
     for op in OPS:
         assert [state for name, _, state in rows if name == op].count("chosen") == 1
     assert {state for _, backend, state in explain("cuda") if backend == "reference"} == {"chosen"}
+
+
+def _between_elements(n: int) -> torch.Tensor:
+    """n floats whose storage begins one byte off."""
+    return torch.frombuffer(bytearray(4 * n + 1), dtype=torch.float32, offset=1)
+
+
+BAD_CALLS = {
+    "devices mixed": (
+        lambda: OP.select_topk([torch.ones(4)], [torch.ones(4, device="meta")], 1, None, None, False),
+        r"select_topk: b\[0\] is on the meta device",
+    ),
+    "not contiguous": (
+        lambda: OP.select_topk([torch.ones(4, 5).t()], [], 1, None, None, False),
+        r"select_topk: a\[0\] is not contiguous",
+    ),
+    "data type": (
+        lambda: OP.select_topk([torch.ones(4).double()], [], 1, None, None, False),
+        r"select_topk: a\[0\] has dtype torch.float64; float32, bfloat16 and float16 work",
+    ),
+    "k beyond the model": (
+        lambda: OP.select_topk([torch.ones(4)], [], 5, None, None, False),
+        "k = 5 entries wanted, but only 4 are eligible",
+    ),
+    "k of nothing": (
+        lambda: OP.select_topk([], [], 1, None, None, False),
+        "k = 1 entries wanted, but only 0 are eligible",
+    ),
+    "between two elements": (
+        lambda: OP.select_topk([torch.ones(4), _between_elements(4)], [], 1, None, None, False),
+        r"select_topk: a\[1\] begins at address 0x\w+, which is no multiple of its element size, 4",
+    ),
+    "state between two elements": (
+        lambda: OP.masked_adamw_(
+            *(a := list(arguments("masked_adamw_")))[:5], _between_elements(len(a[5])), *a[6:]
+        ),
+        r"masked_adamw_: exp_avg begins at address .*clone\(\) it",
+    ),
+    "not finite": (
+        lambda: OP.select_topk(
+            [torch.ones(3), torch.tensor([1.0, math.nan])], [], 1, None, None, False
+        ),
+        r"select_topk: tensor 1 \(tile 1\) holds NaN or infinity",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_gives_the_same_error_on_every_backend(case, backend):
+    call, message = BAD_CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_nothing_to_do_is_no_error(backend):
+    idx, ptr, info = OP.select_topk([torch.ones(5)], [], 0, None, None, False)
+    assert len(idx) == 0
+    assert ptr.tolist() == [0, 0]
+    assert info[:5].tolist() == [0, 0, 0, 0, 0]
+    idx, ptr, _ = OP.select_topk([], [], 0, None, None, False)
+    assert len(idx) == 0
+    assert ptr.tolist() == [0]

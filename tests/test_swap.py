@@ -62,13 +62,14 @@ def test_is_restore_then_compose(backend, dtype, n_old, n_new, with_undo):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_hundred_swaps_lead_back(backend, dtype):
+def test_many_swaps_lead_back(backend, dtype):
     generator = rng("swaps", dtype)
     start = tensors(SMALL, generator, dtype)
     weights = [w.clone() for w in start]
     pool = [Deltas(start, 1 + i % 3, 0.1 * (1 + i), generator, DTYPES[i % 3]) for i in range(5)]
     now = Deltas(start, 0, 0.0, generator)
-    for i in torch.randint(len(pool), (200,), generator=generator).tolist():
+    swaps = 30 if backend == "triton" else 200  # its interpreter is slow
+    for i in torch.randint(len(pool), (swaps,), generator=generator).tolist():
         # A set of deltas may follow itself, with logs of its own.
         undo = [torch.zeros_like(u) for u in pool[i].undo]
         swap_(weights, *now.old, *pool[i].new, undo)
@@ -81,9 +82,9 @@ def test_two_hundred_swaps_lead_back(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_backends_give_the_same_bits(dtype, monkeypatch, native_library):
+def test_all_backends_give_the_same_bits(dtype, monkeypatch, native_library, other_backends):
     results = []
-    for name, threads in (("cpu", 1), ("cpu", 5), ("reference", 1)):
+    for name, threads in (("cpu", 1), ("cpu", 5), *((name, 1) for name in other_backends)):
         monkeypatch.setenv("SPARSE_FT_BACKEND", name)
         monkeypatch.setattr(native, "_threads", lambda n=threads: n)
         generator = rng("bits", dtype)

@@ -1,0 +1,134 @@
+"""Triton's kernels as machine code: they compile for three generations of GPU and an AMD one, and
+stay within stored limits. No GPU is needed.
+
+In processes of their own: what the interpreter has decorated cannot be compiled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+# Registers of a thread, by kernel: the most over the targets and over Triton 3.6, 3.7 and 3.9.
+LIMITS = json.loads((ROOT / "tests" / "aot_limits.json").read_text(encoding="utf-8"))
+
+
+def run(*command: str, code: int = 0) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    )
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    """Every kernel for every target, from one run of the command."""
+    file = tmp_path_factory.mktemp("aot") / "kernels.jsonl"
+    run("-m", "sparse_ft_kernels.aot", "--json", str(file))
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_target(compiled):
+    names = {line["name"] for line in compiled}
+    assert {line["target"] for line in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert len(compiled) == 4 * len(names)
+    assert names == LIMITS.keys()
+
+
+@pytest.mark.slow
+def test_registers_stay_within_their_limits(compiled):
+    beyond = {
+        f"{line['name']} {line['target']}": (line["registers"], LIMITS[line["name"]])
+        for line in compiled
+        if line["registers"] > LIMITS[line["name"]]
+    }
+    assert not beyond
+
+
+@pytest.mark.slow
+def test_hot_kernels_keep_registers_and_read_wide(compiled):
+    hot = [line for line in compiled if line["hot"]]
+    assert {line["name"].split()[0] for line in hot} >= {
+        *("select_topk", "gather", "masked_adamw", "dense_adamw", "anchor_l1", "compose"),
+    }
+    assert [line for line in hot if line["spills"]] == []
+    nvidia = [line for line in hot if line["target"].startswith("sm_")]
+    assert [line for line in nvidia if max(line["load"], line["store"]) < 128] == []
+    assert [line for line in compiled if line["narrow"]] == []
+
+
+KERNEL = """
+import sys
+import triton
+import triton.language as tl
+from sparse_ft_kernels import aot
+from sparse_ft_kernels.triton_common import Variant
+
+@triton.jit
+def narrow(x_ptr, BLOCK: tl.constexpr):
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + e, tl.load(x_ptr + e) + 1)
+
+@triton.jit
+def late(x_ptr, BLOCK: tl.constexpr):
+    e = (tl.program_id(0) * BLOCK).to(tl.int64) + tl.arange(0, BLOCK)
+    tl.store(x_ptr + e, tl.load(x_ptr + e) + 1)
+
+@triton.jit
+def wide(x_ptr, BLOCK: tl.constexpr):
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + e, tl.load(x_ptr + e) + 1)
+
+@triton.jit
+def spilling(x_ptr, BLOCK: tl.constexpr):
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + e)
+    y = tl.load(x_ptr + e + BLOCK)
+    tl.debug_barrier()
+    tl.store(x_ptr + e, x * y)
+    tl.store(x_ptr + e + BLOCK, tl.cumsum(x + y, 0))
+
+for kernel, size, warps in ((narrow, 1024, 4), (late, 1024, 4), (wide, 1024, 4), (wide, 128, 4),
+                            (spilling, 32768, 1)):
+    found = aot.inspect(Variant("probe", kernel, {"x_ptr": "*fp32"}, {"BLOCK": size}, warps), "sm_90")
+    print(len(found.narrow) > 0, found.spills > 0, found.load)
+"""
+
+
+def test_the_check_sees_what_it_looks_for(tmp_path):
+    """A 32-bit address, a late widening, a narrow access and a spill are found; a good kernel is
+    not blamed."""
+    script = tmp_path / "probe.py"
+    script.write_text(KERNEL, encoding="utf-8")
+    lines = run(str(script)).split("\n")
+    assert lines[0].startswith("True False"), "a 32-bit address"
+    assert lines[1].startswith("True False"), "a 32-bit product that is widened too late"
+    assert lines[2] == "False False 128"
+    assert lines[3] == "False False 32"
+    assert lines[4].startswith("False True"), "a spill"
+
+
+def test_interpreted_kernels_are_refused():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_ft_kernels.aot"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "unset it" in done.stdout
