@@ -39,7 +39,6 @@ from torch import Tensor
 from .contract import Tensors
 from .tile_table import DTYPE_CODES, tile_table
 from .triton_common import (
-    BF16,
     F16,
     F32,
     Variant,
@@ -58,12 +57,14 @@ BLOCK = 1024
 NUM_WARPS = 4
 NUM_WARPS_MANY = 8  # searches need registers: 4 entries a thread, not 8
 
-# What a kernel knows of a delta: one row of the table that delta_table() makes.
+_BITS = (tl.int32, tl.int16, tl.int16)  # the integers as wide as an element of each type code
+
+# What a kernel knows of a delta: one row of a DeltaTable.
 IDX = tl.constexpr(0)
 PTR = tl.constexpr(1)
 FIRST = tl.constexpr(2)  # tiles of its blocks, as first_tiles() gives them
 VAL = tl.constexpr(3)
-CODE_OF_VAL = tl.constexpr(4)
+CODE = tl.constexpr(4)  # of the values
 UNDO = tl.constexpr(5)
 ALPHA = tl.constexpr(6)  # the bits of an fp64 number
 NNZ = tl.constexpr(7)
@@ -74,41 +75,8 @@ FIELDS = tl.constexpr(8)
 
 
 @triton.jit
-def field(table_ptr, delta, FIELD: tl.constexpr):
-    """One number of a delta's row."""
-    return tl.load(table_ptr + delta * FIELDS + FIELD)
-
-
-@triton.jit
-def stream(table_ptr, delta, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The start of one of a delta's arrays."""
-    # tl.multiple_of marks the operation that made its argument: this cast, never a call.
-    start = field(table_ptr, delta, FIELD).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        start = tl.multiple_of(start, 16)
-    return start
-
-
-@triton.jit
-def elements(table_ptr, delta, FIELD: tl.constexpr, CODE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The start of an array of a delta whose elements have a type code."""
-    if CODE == F32:
-        return stream(table_ptr, delta, FIELD, tl.float32, ALIGNED)
-    elif CODE == BF16:
-        return stream(table_ptr, delta, FIELD, tl.int16, ALIGNED)
-    else:
-        return stream(table_ptr, delta, FIELD, tl.float16, ALIGNED)
-
-
-@triton.jit
-def alpha_of(table_ptr, delta):
-    """The weight of a delta, rounded to fp32."""
-    return field(table_ptr, delta, ALPHA).to(tl.float64, bitcast=True).to(tl.float32)
-
-
-@triton.jit
 def deal(table_ptr, count, most, MANY: tl.constexpr, BLOCK: tl.constexpr):
-    """The delta and the block of this program, and whether there is work for it.
+    """The delta and block of this program, entries of the delta, and whether there is work for it.
 
     The blocks of every delta are spread evenly over `most` rounds, one program a delta and round.
 
@@ -122,12 +90,13 @@ def deal(table_ptr, count, most, MANY: tl.constexpr, BLOCK: tl.constexpr):
     if MANY:
         delta = program % count
         turn = (program // count).to(tl.int64)
-        blocks = (field(table_ptr, delta, NNZ) + (BLOCK - 1)) // BLOCK
+        nnz = tl.load(table_ptr + delta * FIELDS + NNZ)
+        blocks = (nnz + (BLOCK - 1)) // BLOCK
         block = turn * blocks // most
         fresh = (turn == 0) | ((turn - 1) * blocks // most != block)
-        return delta, block, fresh & (blocks > 0)
+        return delta, block, nnz, fresh & (blocks > 0)
     else:
-        return program * 0, program.to(tl.int64), program >= 0
+        return program * 0, program.to(tl.int64), tl.load(table_ptr + NNZ), program >= 0
 
 
 @triton.jit
@@ -142,12 +111,13 @@ def look_up(table_ptr, delta, tile, offset, mask):
     Returns:
         int64 [BLOCK]: the first entry of the delta that is not before it; whether it is the same.
     """
-    ptr_ptr = stream(table_ptr, delta, PTR, tl.int64, False)
+    row = table_ptr + delta * FIELDS
+    ptr_ptr = tl.load(row + PTR).to(tl.pointer_type(tl.int64))
     low = tl.load(ptr_ptr + tile)
     length = tl.where(mask, (tl.load(ptr_ptr + tile + 1) - low).to(tl.int32), 0)
-    tile_idx = stream(table_ptr, delta, IDX, tl.uint16, False) + low
+    tile_idx = tl.load(row + IDX).to(tl.pointer_type(tl.uint16)) + low
     # before[k] entries of the tile are certainly before offset[k].
-    before = tl.zeros_like(length)
+    before = length * 0
     longest = tl.max(length, axis=0)
     step = 1 + longest * 0
     while step <= longest:
@@ -185,34 +155,36 @@ def present(e, nnz, MASKED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tiles_of(table_ptr, delta, block, e):
-    """The tile of each entry of a block of a delta."""
-    first_ptr = stream(table_ptr, delta, FIRST, tl.int32, False)
-    return tile_of(e, first_ptr, stream(table_ptr, delta, PTR, tl.int64, False), block)
+def own_entries(row, block, e, mask, ALIGNED: tl.constexpr):
+    """Tiles and offsets, int32, of a block of the delta that a row describes."""
+    first_ptr = tl.load(row + FIRST).to(tl.pointer_type(tl.int32))
+    tile = tile_of(e, first_ptr, tl.load(row + PTR).to(tl.pointer_type(tl.int64)), block)
+    idx_ptr = tl.load(row + IDX).to(tl.pointer_type(tl.uint16))
+    if ALIGNED:
+        idx_ptr = tl.multiple_of(idx_ptr, 16)
+    return tile, tl.load(idx_ptr + e, mask=mask, other=0).to(tl.int32)
 
 
 @triton.jit
-def values(table_ptr, delta, e, mask, CODES: tl.constexpr, ALIGNED: tl.constexpr):
-    """fp32 of some values of a delta."""
+def term(row, e, mask, CODES: tl.constexpr, ALIGNED: tl.constexpr):
+    """fl32(alpha * val) of some entries of the delta that a row describes."""
+    address = tl.load(row + VAL)
+    alpha = tl.load(row + ALPHA).to(tl.float64, bitcast=True).to(tl.float32)
     if CODES == 1:
-        return tl.load(elements(table_ptr, delta, VAL, 0, ALIGNED) + e, mask=mask, other=0.0)
+        val = tl.load(typed(address, 0, ALIGNED) + e, mask=mask, other=0)
     elif CODES == 2:
-        start = elements(table_ptr, delta, VAL, 1, ALIGNED)
-        return to_f32(tl.load(start + e, mask=mask, other=0), 1)
+        val = to_f32(tl.load(typed(address, 1, ALIGNED) + e, mask=mask, other=0), 1)
     elif CODES == 4:
-        start = elements(table_ptr, delta, VAL, 2, ALIGNED)
-        return to_f32(tl.load(start + e, mask=mask, other=0.0), 2)
+        val = to_f32(tl.load(typed(address, 2, ALIGNED) + e, mask=mask, other=0), 2)
     else:
-        code = field(table_ptr, delta, CODE_OF_VAL)
+        code = tl.load(row + CODE)
         if code == 0:
-            x = tl.load(elements(table_ptr, delta, VAL, 0, ALIGNED) + e, mask=mask, other=0.0)
+            val = tl.load(typed(address, 0, ALIGNED) + e, mask=mask, other=0)
         elif code == 1:
-            start = elements(table_ptr, delta, VAL, 1, ALIGNED)
-            x = to_f32(tl.load(start + e, mask=mask, other=0), 1)
+            val = to_f32(tl.load(typed(address, 1, ALIGNED) + e, mask=mask, other=0), 1)
         else:
-            start = elements(table_ptr, delta, VAL, 2, ALIGNED)
-            x = to_f32(tl.load(start + e, mask=mask, other=0.0), 2)
-        return x
+            val = to_f32(tl.load(typed(address, 2, ALIGNED) + e, mask=mask, other=0), 2)
+    return val * alpha
 
 
 class DeltaTable:
@@ -261,31 +233,27 @@ class DeltaTable:
         self.aligned = all(t.data_ptr() % 16 == 0 for t in (*idx, *val, *undo) if t is not None)
 
 
+def block_for(idx: Tensors) -> int:
+    """Entries a program; in the interpreter, where blocks are large, no more than there are."""
+    most = max((i.shape[0] for i in idx), default=0)
+    return min(block_size(BLOCK), max(BLOCK, triton.next_power_of_2(most)))
+
+
 # --- composition ----------------------------------------------------------------------------------
 
 
 @triton.jit
-def _bits(raw, CODE: tl.constexpr):
-    """The bits of stored elements."""
-    if CODE == F32:
-        return raw.to(tl.int32, bitcast=True)
-    else:
-        return raw.to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def _added(raw, acc, CODE: tl.constexpr):
-    """The stored element nearest to its value + acc. NaN stays the same NaN, as on every CPU."""
-    x = to_f32(raw, CODE)
-    rounded = from_f32(x + acc, CODE)
-    if CODE == F32:
-        quiet = (_bits(raw, CODE) | 0x00400000).to(tl.float32, bitcast=True)
-        return tl.where(x != x, quiet, rounded)
-    elif CODE == F16:
-        quiet = (_bits(raw, CODE) | 0x0200).to(tl.float16, bitcast=True)
-        return tl.where(x != x, quiet, rounded)
-    else:
-        return rounded
+def _added(before, acc, ELEMENT: tl.constexpr):
+    """The stored element nearest to before + acc. A NaN stays the same NaN, as on CPUs."""
+    x = to_f32(before, ELEMENT)
+    after = from_f32(x + acc, ELEMENT)
+    if ELEMENT == F32:
+        quiet = (before.to(tl.int32, bitcast=True) | 0x00400000).to(tl.float32, bitcast=True)
+        after = tl.where(x != x, quiet, after)
+    elif ELEMENT == F16:
+        quiet = (before.to(tl.int16, bitcast=True) | 0x0200).to(tl.float16, bitcast=True)
+        after = tl.where(x != x, quiet, after)
+    return after
 
 
 @triton.jit
@@ -295,9 +263,11 @@ def _compose_block(
     count,
     delta,
     block,
+    nnz,
     base_ptr,
     stats_ptr,
-    CODE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BITS: tl.constexpr,
     CODES: tl.constexpr,
     MANY: tl.constexpr,
     OLD: tl.constexpr,
@@ -311,56 +281,56 @@ def _compose_block(
     Args:
         new: Deltas to add: the first rows.
         count: All deltas: those after `new` are taken back.
+        ELEMENT: Type code of the weights.
+        BITS: The integers as wide as a weight.
     """
+    row = table_ptr + delta * FIELDS
     e = block * BLOCK + tl.arange(0, BLOCK)
-    there = present(e, field(table_ptr, delta, NNZ), MASKED, BLOCK)
-    tile = tiles_of(table_ptr, delta, block, e)
-    idx_ptr = stream(table_ptr, delta, IDX, tl.uint16, ALIGNED)
-    offset = tl.load(idx_ptr + e, mask=there, other=0).to(tl.int32)
+    there = present(e, nnz, MASKED, BLOCK)
+    tile, offset = own_entries(row, block, e, there, ALIGNED)
     mine = there
     if MANY:
         mine = not_in(table_ptr, 0, delta, tile, offset, there)
 
-    weights = typed(tl.load(base_ptr + tile), CODE) + offset
+    weights = typed(tl.load(base_ptr + tile), ELEMENT) + offset
     before = tl.load(weights, mask=mine, other=0)
-    restored = tl.zeros([BLOCK], tl.int1)
+    restored = tl.full([BLOCK], 0, tl.int1)
     if OLD:
         i = new
         while i < count:
             at, found = look_up(table_ptr, i, tile, offset, mine & (restored == 0))
-            log_ptr = elements(table_ptr, i, UNDO, CODE, False)
+            log_ptr = typed(tl.load(table_ptr + i * FIELDS + UNDO), ELEMENT)
             before = tl.where(found, tl.load(log_ptr + at, mask=found, other=0), before)
             restored = restored | found
             i += 1
 
     if LOG:
-        log_ptr = elements(table_ptr, delta, UNDO, CODE, ALIGNED)
+        log_ptr = typed(tl.load(row + UNDO), ELEMENT, ALIGNED)
         if delta == 0:
             tl.store(log_ptr + e, before, mask=there)  # it owns all: whole vectors
         else:
             tl.store(log_ptr + e, before, mask=mine)
-    # + 0 turns a product of -0 into +0, as a sum that starts from +0 is.
-    acc = values(table_ptr, delta, e, there, CODES, ALIGNED) * alpha_of(table_ptr, delta) + 0.0
+    # + 0 turns a term of -0 into +0, as a sum that starts from +0 is.
+    acc = term(row, e, there, CODES, ALIGNED) + 0.0
     if MANY:
         i = delta + 1
         while i < new:
             at, found = look_up(table_ptr, i, tile, offset, mine)
-            term = values(table_ptr, i, at, found, CODES, False) * alpha_of(table_ptr, i)
-            acc = tl.where(found, acc + term, acc)
+            other = table_ptr + i * FIELDS
+            acc = tl.where(found, acc + term(other, at, found, CODES, False), acc)
             if LOG:
-                other_ptr = elements(table_ptr, i, UNDO, CODE, False)
-                tl.store(other_ptr + at, before, mask=found)
+                tl.store(typed(tl.load(other + UNDO), ELEMENT) + at, before, mask=found)
             i += 1
 
     moves = mine & (acc != 0)
-    after = tl.where(moves, _added(before, acc, CODE), before)
+    after = tl.where(moves, _added(before, acc, ELEMENT), before)
     tl.store(weights, after, mask=moves | restored)
-    changed = tl.sum(moves.to(tl.int32), axis=0)
-    still = moves & (_bits(before, CODE) == _bits(after, CODE))
-    swallowed = tl.sum(still.to(tl.int32), axis=0)
-    tl.atomic_add(stats_ptr, changed.to(tl.int64), sem="relaxed")
-    if swallowed > 0:
-        tl.atomic_add(stats_ptr + 1, swallowed.to(tl.int64), sem="relaxed")
+    still = moves & (before.to(BITS, bitcast=True) == after.to(BITS, bitcast=True))
+    # Both counts in one sum: a block has fewer than 2^20 entries.
+    counts = tl.sum(moves.to(tl.int64) + (still.to(tl.int64) << 32), axis=0)
+    tl.atomic_add(stats_ptr, counts & 0xFFFFFFFF, sem="relaxed")
+    if counts > 0xFFFFFFFF:
+        tl.atomic_add(stats_ptr + 1, counts >> 32, sem="relaxed")
 
 
 @triton.jit
@@ -369,22 +339,28 @@ def _restore_block(
     new,
     delta,
     block,
+    nnz,
     base_ptr,
-    CODE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    OWNED: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes back the entries of a block that none of the first `new` deltas has."""
+    """Writes back the entries of a block that none of the first `new` deltas has.
+
+    Args:
+        OWNED: There are such deltas.
+    """
+    row = table_ptr + delta * FIELDS
     e = block * BLOCK + tl.arange(0, BLOCK)
-    there = present(e, field(table_ptr, delta, NNZ), MASKED, BLOCK)
-    tile = tiles_of(table_ptr, delta, block, e)
-    idx_ptr = stream(table_ptr, delta, IDX, tl.uint16, ALIGNED)
-    offset = tl.load(idx_ptr + e, mask=there, other=0).to(tl.int32)
-    log_ptr = elements(table_ptr, delta, UNDO, CODE, ALIGNED)
-    before = tl.load(log_ptr + e, mask=there, other=0)
-    weights = typed(tl.load(base_ptr + tile), CODE) + offset
-    tl.store(weights, before, mask=not_in(table_ptr, 0, new, tile, offset, there))
+    there = present(e, nnz, MASKED, BLOCK)
+    tile, offset = own_entries(row, block, e, there, ALIGNED)
+    before = tl.load(typed(tl.load(row + UNDO), ELEMENT, ALIGNED) + e, mask=there, other=0)
+    weights = typed(tl.load(base_ptr + tile), ELEMENT) + offset
+    if OWNED:
+        there = not_in(table_ptr, 0, new, tile, offset, there)
+    tl.store(weights, before, mask=there)
 
 
 @triton.jit
@@ -395,7 +371,8 @@ def _compose_kernel(
     most,
     base_ptr,
     stats_ptr,
-    CODE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BITS: tl.constexpr,
     CODES: tl.constexpr,
     MANY: tl.constexpr,
     OLD: tl.constexpr,
@@ -403,28 +380,28 @@ def _compose_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    delta, block, some = deal(table_ptr, count, most, MANY or OLD, BLOCK)
-    full = (block + 1) * BLOCK <= field(table_ptr, delta, NNZ)
+    delta, block, nnz, some = deal(table_ptr, count, most, MANY or OLD, BLOCK)
+    full = (block + 1) * BLOCK <= nnz
     if OLD and delta >= new:
         if some and full:
             _restore_block(
-                *(table_ptr, new, delta, block, base_ptr),
-                *(CODE, ALIGNED, False, BLOCK),
+                *(table_ptr, new, delta, block, nnz, base_ptr),
+                *(ELEMENT, True, ALIGNED, False, BLOCK),
             )
         elif some:
             _restore_block(
-                *(table_ptr, new, delta, block, base_ptr),
-                *(CODE, ALIGNED, True, BLOCK),
+                *(table_ptr, new, delta, block, nnz, base_ptr),
+                *(ELEMENT, True, ALIGNED, True, BLOCK),
             )
     elif some and full:
         _compose_block(
-            *(table_ptr, new, count, delta, block, base_ptr, stats_ptr),
-            *(CODE, CODES, MANY, OLD, LOG, ALIGNED, False, BLOCK),
+            *(table_ptr, new, count, delta, block, nnz, base_ptr, stats_ptr),
+            *(ELEMENT, BITS, CODES, MANY, OLD, LOG, ALIGNED, False, BLOCK),
         )
     elif some:
         _compose_block(
-            *(table_ptr, new, count, delta, block, base_ptr, stats_ptr),
-            *(CODE, CODES, MANY, OLD, LOG, ALIGNED, True, BLOCK),
+            *(table_ptr, new, count, delta, block, nnz, base_ptr, stats_ptr),
+            *(ELEMENT, BITS, CODES, MANY, OLD, LOG, ALIGNED, True, BLOCK),
         )
 
 
@@ -434,22 +411,22 @@ def _restore_kernel(
     count,
     most,
     base_ptr,
-    CODE: tl.constexpr,
+    ELEMENT: tl.constexpr,
     MANY: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    delta, block, some = deal(table_ptr, count, most, MANY, BLOCK)
-    full = (block + 1) * BLOCK <= field(table_ptr, delta, NNZ)
+    delta, block, nnz, some = deal(table_ptr, count, most, MANY, BLOCK)
+    full = (block + 1) * BLOCK <= nnz
     if some and full:
         _restore_block(
-            *(table_ptr, 0, delta, block, base_ptr),
-            *(CODE, ALIGNED, False, BLOCK),
+            *(table_ptr, 0, delta, block, nnz, base_ptr),
+            *(ELEMENT, False, ALIGNED, False, BLOCK),
         )
     elif some:
         _restore_block(
-            *(table_ptr, 0, delta, block, base_ptr),
-            *(CODE, ALIGNED, True, BLOCK),
+            *(table_ptr, 0, delta, block, nnz, base_ptr),
+            *(ELEMENT, False, ALIGNED, True, BLOCK),
         )
 
 
@@ -469,14 +446,14 @@ def restore_(weights: Tensors, idx: Tensors, ptr: Tensors, undo: Tensors) -> Non
     """Write the logged values back, bit for bit."""
     if not weights:
         return
-    block = block_size(BLOCK)
+    block = block_for(idx)
     deltas = DeltaTable(idx, ptr, [], [], undo, block, weights[0].device)
     launch(
         _restore_kernel,
         deltas.programs,
         *(deltas.rows, len(idx), deltas.most, tile_table(weights).base),
         num_warps=NUM_WARPS,
-        CODE=code_of(weights),
+        ELEMENT=code_of(weights),
         MANY=len(idx) > 1,
         ALIGNED=deltas.aligned,
         BLOCK=block,
@@ -517,7 +494,7 @@ def swap_(
         restore_(weights, old_idx, old_ptr, old_undo)
         old_idx, old_ptr, old_undo = [], [], []
     logs: list[Tensor | None] = [*(undo or [None] * len(idx)), *old_undo]
-    block = block_size(BLOCK)
+    block = block_for([*idx, *old_idx])
     deltas = DeltaTable(
         [*idx, *old_idx], [*ptr, *old_ptr], val, alphas, logs, block, weights[0].device
     )
@@ -527,7 +504,8 @@ def swap_(
         *(deltas.rows, len(idx), len(idx) + len(old_idx), deltas.most),
         *(tile_table(weights).base, stats),
         num_warps=NUM_WARPS_MANY if len(idx) > 1 or old_idx else NUM_WARPS,
-        CODE=code_of(weights),
+        ELEMENT=code_of(weights),
+        BITS=_BITS[code_of(weights)],
         CODES=deltas.codes,
         MANY=len(idx) > 1,
         OLD=bool(old_idx),
@@ -544,14 +522,21 @@ def variants() -> list[Variant]:
     rest = {"base_ptr": "*i64", "stats_ptr": "*i64"}
     found = []
     for name, code in (("f32", 0), ("bf16", 1), ("f16", 2)):
-        both = {"CODE": code, "ALIGNED": True, "BLOCK": BLOCK}
+        both = {"ELEMENT": code, "ALIGNED": True, "BLOCK": BLOCK}
         for kind, many, old in (("one", False, False), ("many", True, False), ("swap", True, True)):
             found.append(
                 Variant(
                     f"compose {name} {kind}",
                     _compose_kernel,
                     {**table, "new": "i32", "count": "i32", "most": "i32", **rest},
-                    {**both, "CODES": 1, "MANY": many, "OLD": old, "LOG": True},
+                    {
+                        **both,
+                        "BITS": _BITS[code],
+                        "CODES": 1,
+                        "MANY": many,
+                        "OLD": old,
+                        "LOG": True,
+                    },
                     NUM_WARPS_MANY if many else NUM_WARPS,
                     unaligned=("new", "count", "most"),
                 )
