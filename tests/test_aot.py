@@ -69,6 +69,11 @@ def test_hot_kernels_keep_registers_and_read_wide(compiled):
     assert [line for line in compiled if line["narrow"]] == []
 
 
+@pytest.mark.slow
+def test_no_kernel_rounds_otherwise_than_the_reference(compiled):
+    assert [line for line in compiled if line["inexact"]] == []
+
+
 KERNEL = """
 import sys
 import triton
@@ -100,10 +105,16 @@ def spilling(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + e, x * y)
     tl.store(x_ptr + e + BLOCK, tl.cumsum(x + y, 0))
 
+@triton.jit
+def rough(x_ptr, BLOCK: tl.constexpr):
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + e)
+    tl.store(x_ptr + e, tl.math.fma(x, x, x) / tl.sqrt(x))
+
 for kernel, size, warps in ((narrow, 1024, 4), (late, 1024, 4), (wide, 1024, 4), (wide, 128, 4),
-                            (spilling, 32768, 1)):
+                            (spilling, 32768, 1), (rough, 1024, 4)):
     found = aot.inspect(Variant("probe", kernel, {"x_ptr": "*fp32"}, {"BLOCK": size}, warps), "sm_90")
-    print(len(found.narrow) > 0, found.spills > 0, found.load)
+    print(len(found.narrow) > 0, found.spills > 0, found.load, *(i.split(".")[0] for i in found.inexact))
 """
 
 
@@ -118,6 +129,7 @@ def test_the_check_sees_what_it_looks_for(tmp_path):
     assert lines[2] == "False False 128"
     assert lines[3] == "False False 32"
     assert lines[4].startswith("False True"), "a spill"
+    assert lines[5] == "False False 128 div fma sqrt", "rounding of its own"
 
 
 def test_interpreted_kernels_are_refused():

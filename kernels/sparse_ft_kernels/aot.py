@@ -41,6 +41,8 @@ class Compiled:
         load: Bits of the widest global load.
         store: Bits of the widest global store.
         narrow: Addresses that are formed with 32-bit arithmetic and could overflow it.
+        inexact: Instructions that other backends cannot reproduce (contracted, approximate, or
+            flushing subnormal numbers); looked for on NVIDIA targets.
         hot: It streams: it must not spill, and must read 16 bytes at once.
     """
 
@@ -52,11 +54,14 @@ class Compiled:
     load: int
     store: int
     narrow: tuple[str, ...]
+    inexact: tuple[str, ...]
     hot: bool
 
     def faults(self) -> list[str]:
         """What it must not have."""
         found = [f"address in 32 bits: {line}" for line in self.narrow]
+        if self.inexact:
+            found.append(f"uses {', '.join(self.inexact)}")
         if self.hot and self.spills:
             found.append(f"spills {self.spills} bytes")
         # An AMD wavefront has 64 lanes: a block of the same size is fewer bytes for each.
@@ -103,14 +108,17 @@ def compile_variant(variant: Any, target: str) -> Any:
 def inspect(variant: Any, target: str) -> Compiled:
     """Compiles one kernel and reads its machine code."""
     compiled = compile_variant(variant, target)
+    inexact: tuple[str, ...] = ()
     if target.startswith("sm_"):
         registers, spills, load, store = _read_nvidia(compiled.asm["cubin"])
+        inexact = tuple(sorted(set(_INEXACT.findall(compiled.asm["ptx"]))))
     else:
         registers, spills, load, store = _read_amd(compiled.asm["amdgcn"])
     narrow = tuple(narrow_addresses(compiled.asm["ttir"], variant.kernel.arg_names))
     shared = int(compiled.metadata.shared)
     return Compiled(
-        variant.name, target, registers, spills, shared, load, store, narrow, variant.hot
+        *(variant.name, target, registers, spills, shared, load, store, narrow, inexact),
+        variant.hot,
     )
 
 
@@ -127,6 +135,7 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+_INEXACT = re.compile(r"\b(?:fma|div\.full|[\w.]+\.approx|[\w.]+\.ftz)[\w.]*")
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 

@@ -90,11 +90,13 @@ def explain(device: str = "cpu") -> list[tuple[str, str, str]]:
     """Rows (op, backend, "chosen" | "available" | reason) for a device."""
     rows = []
     forced = os.environ.get(ENVIRONMENT, "")
+    order = ORDER.get(device, FALLBACK)
+    candidates = (forced,) if forced else order
     for op in OPS:
         chosen = False
-        for name in ORDER.get(device, FALLBACK):
+        for name in (*order, *(name for name in BACKENDS if name not in order)):
             answer = support(name, op, torch.device(device))
-            if answer.ok and not chosen and (not forced or forced == name):
+            if answer.ok and not chosen and name in candidates:
                 chosen = True
                 rows.append((op, name, "chosen"))
             else:
