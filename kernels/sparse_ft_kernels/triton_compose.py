@@ -100,6 +100,33 @@ def deal(table_ptr, count, most, MANY: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def smaller(idx_ptr, length, longest, offset):
+    """How many of some ascending offsets are smaller than others, by binary search.
+
+    Args:
+        idx_ptr: uint16, where the offsets to search begin.
+        length: int32, how many there are; 0: nothing is read.
+        longest: int32, the largest length.
+        offset: int32 [BLOCK], what to look for.
+
+    Returns:
+        int32 [BLOCK].
+    """
+    before = offset * 0
+    step = 1 + longest * 0
+    while step <= longest:
+        step = step << 1
+    step = step >> 1
+    while step > 0:
+        probe = before + step
+        inside = probe <= length
+        here = tl.load(idx_ptr + (probe - 1), mask=inside, other=0).to(tl.int32)
+        before = tl.where(inside & (here < offset), probe, before)
+        step = step >> 1
+    return before
+
+
+@triton.jit
 def look_up(table_ptr, delta, tile, offset, mask):
     """Where a delta has some entries.
 
@@ -116,19 +143,7 @@ def look_up(table_ptr, delta, tile, offset, mask):
     low = tl.load(ptr_ptr + tile)
     length = tl.where(mask, (tl.load(ptr_ptr + tile + 1) - low).to(tl.int32), 0)
     tile_idx = tl.load(row + IDX).to(tl.pointer_type(tl.uint16)) + low
-    # before[k] entries of the tile are certainly before offset[k].
-    before = length * 0
-    longest = tl.max(length, axis=0)
-    step = 1 + longest * 0
-    while step <= longest:
-        step = step << 1
-    step = step >> 1
-    while step > 0:
-        probe = before + step
-        inside = probe <= length
-        here = tl.load(tile_idx + (probe - 1), mask=inside, other=0).to(tl.int32)
-        before = tl.where(inside & (here < offset), probe, before)
-        step = step >> 1
+    before = smaller(tile_idx, length, tl.max(length, axis=0), offset)
     inside = before < length
     here = tl.load(tile_idx + before, mask=inside, other=0).to(tl.int32)
     return low + before, inside & (here == offset)
