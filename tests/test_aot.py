@@ -113,8 +113,10 @@ def rough(x_ptr, BLOCK: tl.constexpr):
 
 for kernel, size, warps in ((narrow, 1024, 4), (late, 1024, 4), (wide, 1024, 4), (wide, 128, 4),
                             (spilling, 32768, 1), (rough, 1024, 4)):
-    found = aot.inspect(Variant("probe", kernel, {"x_ptr": "*fp32"}, {"BLOCK": size}, warps), "sm_90")
-    print(len(found.narrow) > 0, found.spills > 0, found.load, *(i.split(".")[0] for i in found.inexact))
+    probe = Variant("probe", kernel, {"x_ptr": "*fp32"}, {"BLOCK": size}, warps)
+    found = aot.inspect(probe, "sm_90")
+    inexact = [i.split(".")[0] for i in found.inexact]
+    print(len(found.narrow) > 0, found.spills > 0, found.load, *inexact)
 """
 
 

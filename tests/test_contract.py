@@ -270,7 +270,9 @@ def _between_elements(n: int) -> torch.Tensor:
 
 BAD_CALLS = {
     "devices mixed": (
-        lambda: OP.select_topk([torch.ones(4)], [torch.ones(4, device="meta")], 1, None, None, False),
+        lambda: OP.select_topk(
+            [torch.ones(4)], [torch.ones(4, device="meta")], 1, None, None, False
+        ),
         r"select_topk: b\[0\] is on the meta device",
     ),
     "not contiguous": (

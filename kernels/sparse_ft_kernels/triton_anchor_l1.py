@@ -2,8 +2,8 @@
 
     g = round(g + coeff * sign(w - anchor));   total = the sum of |w - anchor| in fp64
 
-One launch over all elements, a program for each piece of a tile, and short ones for the sum: runs of
-1024 elements are halved, a tile's runs are added in order, tiles are summed in runs of 1024.
+One launch over all elements, a program for each piece of a tile, and short ones for the sum: runs
+of 1024 elements are halved, a tile's runs are added in order, tiles are summed in runs of 1024.
 
 Moves: w and anchor once; g once in and once out.
 """

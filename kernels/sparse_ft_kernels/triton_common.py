@@ -45,8 +45,8 @@ def typed(address, CODE: tl.constexpr, ALIGNED: tl.constexpr = False):
     Args:
         address: Addresses.
         CODE: Element type.
-        ALIGNED: `address` is one multiple of 16. The cast forgets it, and loads would fall to single
-            elements.
+        ALIGNED: `address` is one multiple of 16. The cast forgets it, and loads would fall to
+            single elements.
     """
     if CODE == F32:
         pointer = address.to(tl.pointer_type(tl.float32))
@@ -203,12 +203,13 @@ def tree_sum(runs: Tensor, found_inf: Tensor | None = None) -> Tensor:
         out = torch.empty(-(-n // RUN), dtype=torch.float64, device=runs.device)
         last = out.numel() == 1
         found = found_inf if last else None
+        block = block_size(RUN)
         launch(
             _halve_kernel,
-            -(-n // RUN),
+            -(-n // block),
             *(runs, out, found if found is not None else out, n),
             FOUND=found is not None,
-            BLOCK=RUN,
+            BLOCK=block,
         )
         if last:
             return out

@@ -6,9 +6,9 @@
     x = x * (1 - lr * weight_decay);   x = x + (-a * m) / (sqrt(v) / c2 + eps);   w = round(x)
 
 One launch for the model, a program for each 1024 elements of a tile, whole tiles without masks.
-Tiles of a tensor without a gradient are left alone. A split master keeps the low 16 bits of x beside
-the bfloat16 weight, which is x rounded to the nearest, ties away from zero: so the two together are x
-exactly, for 2 bytes instead of 4.
+Tiles of a tensor without a gradient are left alone. A split master keeps the low 16 bits of x
+beside the bfloat16 weight, which is x rounded to the nearest, ties away from zero: so the two
+together are x exactly, for 2 bytes instead of 4.
 
 Moves an entry: g, the weight, the moments and the master once in (the weight only where it is or
 holds the master) and all but g once out, the anchor once in where there is an L1 term: 28 bytes in

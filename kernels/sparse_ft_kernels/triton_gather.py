@@ -3,9 +3,9 @@
     out = g[idx], or out + g[idx];   out = out / grad_scale;   out = out + l1 * sign(delta)
     norm_sq = the sum of out^2 in fp64, in runs of 1024 (csrc/sparse_ft.h, tree_sum)
 
-One launch for the model and one for each level of the sum. A program takes whole runs of the compact
-array, so its sums of squares are the first level; a norm that is not finite says that an entry is
-not, since squares of fp32 cannot overflow fp64.
+One launch for the model and one for each level of the sum. A program takes whole runs of the
+compact array, so its sums of squares are the first level; a norm that is not finite says that an
+entry is not, since squares of fp32 cannot overflow fp64.
 
 Moves an entry: the sector of g that holds it, 2 bytes of idx, 4 of out (8 when it accumulates), and
 4 of delta where there is an L1 term.

@@ -19,8 +19,8 @@ of the tile would, so a sweep would read no less and write more.
 Step count, rate, scale, clip factor and overflow flag are read on the device; the last program to
 finish writes the new step count. So a step waits for nothing and can be captured in a CUDA graph.
 
-Moves an entry: 2 bytes of idx, 24 of state, one element of theta0, and the sectors of g (read) and w
-(filled and written) that hold it.
+Moves an entry: 2 bytes of idx, 24 of state, one element of theta0, and the sectors of g (read) and
+w (filled and written) that hold it.
 """
 
 from __future__ import annotations
