@@ -10,7 +10,7 @@ offset inside a tile, so no product can exceed 31 bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -366,7 +366,7 @@ def ticket_of(step: Tensor) -> Tensor:
 
     The step count may be changed only when every program has read it.
     """
-    ticket = _TICKETS.get(step)
+    ticket: Tensor | None = _TICKETS.get(step)
     if ticket is None:
         ticket = torch.zeros(1, dtype=torch.int32, device=step.device)
         if not capturing(step.device):  # else the graph zeroes one of its own at each replay
@@ -389,5 +389,3 @@ def addresses(values: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 addresses on a device, uploaded once."""
     return upload(values, torch.int64, device)
 
-
-Launcher = Callable[..., Any]
