@@ -120,7 +120,7 @@ def smaller(idx_ptr, length, longest, offset):
     while step > 0:
         probe = before + step
         inside = probe <= length
-        here = tl.load(idx_ptr + (probe - 1), mask=inside, other=0).to(tl.int32)
+        here = tl.load(idx_ptr + (probe - 1).to(tl.int64), mask=inside, other=0).to(tl.int32)
         before = tl.where(inside & (here < offset), probe, before)
         step = step >> 1
     return before
@@ -251,7 +251,7 @@ class DeltaTable:
 def block_for(idx: Tensors) -> int:
     """Entries a program; in the interpreter, where blocks are large, no more than there are."""
     most = max((i.shape[0] for i in idx), default=0)
-    return min(block_size(BLOCK), max(BLOCK, triton.next_power_of_2(most)))
+    return min(block_size(BLOCK), max(BLOCK, 1 << max(0, most - 1).bit_length()))
 
 
 # --- composition ----------------------------------------------------------------------------------
@@ -339,6 +339,9 @@ def _compose_block(
 
     moves = mine & (acc != 0)
     after = tl.where(moves, _added(before, acc, ELEMENT), before)
+    if MANY or OLD:
+        # Formed anew: kept through the searches, they would take 8 registers of a thread.
+        weights = typed(tl.load(base_ptr + tile), ELEMENT) + offset
     tl.store(weights, after, mask=moves | restored)
     still = moves & (before.to(BITS, bitcast=True) == after.to(BITS, bitcast=True))
     # Both counts in one sum: a block has fewer than 2^20 entries.
@@ -508,7 +511,8 @@ def swap_(
         # A new log would be written while an old one is read: in two launches it is not.
         restore_(weights, old_idx, old_ptr, old_undo)
         old_idx, old_ptr, old_undo = [], [], []
-    logs: list[Tensor | None] = [*(undo or [None] * len(idx)), *old_undo]
+    none: list[Tensor | None] = [None] * len(idx)
+    logs = [*(undo or none), *old_undo]
     block = block_for([*idx, *old_idx])
     deltas = DeltaTable(
         [*idx, *old_idx], [*ptr, *old_ptr], val, alphas, logs, block, weights[0].device

@@ -260,6 +260,7 @@ def variants() -> list[Variant]:
                     {**table, "starts_ptr": "*i64", "out_idx_ptr": "*u16", "out_val_ptr": "*fp32"},
                     {"CODES": codes, **shape},
                     NUM_WARPS_MANY,
+                    hot=False,
                     unaligned=unaligned,
                 )
             )
