@@ -68,3 +68,21 @@ def test_no_deltas(backend):
     idx, ptr, val = merge(torch.tensor([10, 3], dtype=torch.int32), [], [], [], [])
     assert len(idx) == len(val) == 0
     assert ptr.tolist() == [0, 0, 0]
+
+
+def test_values_of_several_types_in_scattered_tiles(backend):
+    generator = rng("several")
+    sizes = [1 + 7 * i % 50 for i in range(300)] + [66_000]
+    alphas = [1.0, -0.3, 0.7, 1e-3]
+    parts, expected = [], {}
+    for alpha, density, dtype in zip(
+        alphas, (0.001, 0.05, 0.0, 0.3), (*DTYPES, *DTYPES), strict=False
+    ):
+        idx, ptr, _ = random_support(sizes, density, generator)
+        val = torch.randn(len(idx), generator=generator).to(dtype)
+        parts.append((idx, ptr, val))
+        for at, v in zip(entries(idx, ptr), val.float().numpy(), strict=True):
+            expected[at] = expected.get(at, np.float32(0)) + np.float32(alpha) * v
+    idx, ptr, val = merge(lengths_of(sizes), *map(list, zip(*parts, strict=True)), alphas)
+    assert entries(idx, ptr) == sorted(expected)
+    oracles.assert_bits(val, torch.tensor([expected[at] for at in sorted(expected)]))

@@ -138,3 +138,16 @@ def test_a_bad_new_ptr_is_refused_before_the_old_is_restored(monkeypatch, native
     with pytest.raises(ValueError, match=r"^swap_: ptr of support 0 runs from 0"):
         swap_(weights, *old.old, *new.new, new.undo)
     assert_same(weights, before)
+
+
+def test_new_logs_may_take_the_place_of_old_ones(backend):
+    generator = rng("place")
+    start = tensors(SMALL, generator)
+    weights = [w.clone() for w in start]
+    deltas = Deltas(start, 2, 0.3, generator)
+    compose_(weights, *deltas.new, deltas.undo)
+    composed = [w.clone() for w in weights]
+    swap_(weights, *deltas.old, *deltas.new, deltas.undo)
+    assert_same(weights, composed)
+    restore_(weights, *deltas.old)
+    assert_same(weights, start)
