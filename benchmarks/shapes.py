@@ -35,6 +35,8 @@ def _norm(name: str, size: int) -> Shapes:
 
 MODELS: dict[str, Shapes] = {
     "xlmr-base": xlm_roberta(768, 12, 3072),
+    "xlmr-xl": xlm_roberta(2560, 36, 10240),
+    "1B": {f"layer{i:02d}": (8192, 8192) for i in range(16)},
     "xlmr-base/8": {"matrix": (34_780_000,)},
     "100M": {"matrix": (100_000_000,)},
     "25M": {"matrix": (25_000_000,)},

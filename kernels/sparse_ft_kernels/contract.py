@@ -205,6 +205,11 @@ def touched_bytes(numel: int, nnz: int, width: int, line: int = 64) -> int:
     return round(numel * width * (1.0 - (1.0 - min(1.0, nnz / numel)) ** (line // width)))
 
 
+def line_bytes(tensor: Tensor) -> int:
+    """Bytes that memory moves at once: a line of a CPU, a sector of a GPU."""
+    return 64 if tensor.device.type == "cpu" else 32
+
+
 # --- selection ------------------------------------------------------------------------------------
 
 
@@ -303,7 +308,10 @@ def _check_grads(op: str, grads: Tensors, numels: Sequence[int]) -> None:
     bytes_moved=lambda grads, numels, idx, ptr, out, grad_scale, accumulate, delta, l1: (
         sum(
             touched_bytes(
-                g.numel(), idx.numel() * g.numel() // max(1, sum(numels)), g.element_size()
+                g.numel(),
+                idx.numel() * g.numel() // max(1, sum(numels)),
+                g.element_size(),
+                line_bytes(idx),
             )
             for g in grads
         )
@@ -378,13 +386,19 @@ def _check_hyperparameters(
         idx.numel() * (2 + 6 * 4 + (weights[0].element_size() if weights else 0))
         + 2
         * touched_bytes(
-            sum(_numels(weights)), idx.numel(), weights[0].element_size() if weights else 4
+            sum(_numels(weights)),
+            idx.numel(),
+            weights[0].element_size() if weights else 4,
+            line_bytes(idx),
         )
         + (
             4 * idx.numel()
             if grad is not None
             else touched_bytes(
-                sum(_numels(weights)), idx.numel(), grads[0].element_size() if grads else 4
+                sum(_numels(weights)),
+                idx.numel(),
+                grads[0].element_size() if grads else 4,
+                line_bytes(idx),
             )
         )
     ),
@@ -599,7 +613,8 @@ def _compose_bytes(weights: Tensors, idx: Tensors, *_: Any) -> int:
     width = weights[0].element_size() if weights else 4
     nnz = sum(i.numel() for i in idx)
     numel = sum(_numels(weights))
-    return nnz * (2 + 4 + width) + 2 * touched_bytes(numel, nnz, width)
+    line = line_bytes(weights[0]) if weights else 64
+    return nnz * (2 + 4 + width) + 2 * touched_bytes(numel, nnz, width, line)
 
 
 @_op(
@@ -719,7 +734,10 @@ def _overlap(
     bytes_moved=lambda weights, idx, ptr: (
         2 * idx.numel()
         + touched_bytes(
-            sum(_numels(weights)), idx.numel(), weights[0].element_size() if weights else 4
+            sum(_numels(weights)),
+            idx.numel(),
+            weights[0].element_size() if weights else 4,
+            line_bytes(idx),
         )
     ),
 )

@@ -1,13 +1,15 @@
 """Every test here needs a CUDA device; without one it is skipped, in one line."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import gpu_oracles
 import pytest
 import torch
 
 HERE = Path(__file__).parent
+NO_DEVICE = "torch sees no CUDA device"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,11 +18,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Gives all tests that lack a device one place, so that the summary has one line for them."""
+    report = yield
+    if report.skipped and report.longrepr[2].endswith(NO_DEVICE):
+        report.longrepr = (str(HERE), 1, report.longrepr[2])
+    return report
+
+
 @pytest.fixture(autouse=True)
 def device() -> torch.device:
     """Where the kernels run."""
     if not gpu_oracles.REAL and not gpu_oracles.TRIAL:
-        pytest.skip("torch sees no CUDA device")
+        pytest.skip(NO_DEVICE)
     return gpu_oracles.DEVICE
 
 
