@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -90,19 +91,21 @@ class Suite:
             return Part(name, "skipped", note="no time was left")
         begin = time.monotonic()
         with (self.out / f"{name}.log").open("w", encoding="utf-8") as log:
+            # In a session of its own, so that what it starts can be ended with it.
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
-                done = subprocess.run(
-                    [sys.executable, *arguments],
-                    cwd=ROOT,
-                    env=self.environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=limit,
-                    check=False,
-                )
-                status = "passed" if done.returncode == 0 else "failed"
-                note = f"exit status {done.returncode}"
+                code = process.wait(timeout=limit)
+                status, note = "passed" if code == 0 else "failed", f"exit status {code}"
             except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
                 status, note = "timed out", f"stopped after {limit:.0f} s"
         return Part(name, status, time.monotonic() - begin, note)
 
@@ -121,6 +124,8 @@ class Suite:
         """Every file of tests/gpu."""
         files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
         limit = min(TESTS_S, self.left())
+        # Several processes at once: none may take every core.
+        self.environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
         def one(file: Path) -> Part:
             name = f"tests-{file.stem.removeprefix('test_')}"
@@ -136,6 +141,7 @@ class Suite:
         with ThreadPoolExecutor(workers) as pool:
             for part in pool.map(one, files):
                 self.add(part)
+        del self.environment["OMP_NUM_THREADS"]
 
     def benchmark(self, extra: Sequence[str]) -> None:
         """The benchmark on the GPU; its tables are printed as well."""
