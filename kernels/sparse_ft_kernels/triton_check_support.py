@@ -33,7 +33,7 @@ FIRST = tl.constexpr(4)  # ptr[0]
 LAST = tl.constexpr(5)  # ptr[n_tiles]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "nnz"])
 def _check_kernel(
     length_ptr,
     idx_ptr,

@@ -381,7 +381,7 @@ def _restore_block(
     tl.store(weights, before, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new", "count", "most"])
 def _compose_kernel(
     table_ptr,
     new,
@@ -423,7 +423,7 @@ def _compose_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "most"])
 def _restore_kernel(
     table_ptr,
     count,
@@ -542,7 +542,12 @@ def variants() -> list[Variant]:
     found = []
     for name, code in (("f32", 0), ("bf16", 1), ("f16", 2)):
         both = {"ELEMENT": code, "ALIGNED": True, "BLOCK": BLOCK}
-        for kind, many, old in (("one", False, False), ("many", True, False), ("swap", True, True)):
+        for kind, many, old in (
+            ("one", False, False),
+            ("many", True, False),
+            ("swap one", False, True),
+            ("swap", True, True),
+        ):
             found.append(
                 Variant(
                     f"compose {name} {kind}",
@@ -556,7 +561,9 @@ def variants() -> list[Variant]:
                         "OLD": old,
                         "LOG": True,
                     },
-                    NUM_WARPS_MANY if many else NUM_WARPS,
+                    NUM_WARPS_MANY if many or old else NUM_WARPS,
+                    # There the compiler spills a few bytes to fit more programs at a time.
+                    hot=many or not old,
                     unaligned=("new", "count", "most"),
                 )
             )

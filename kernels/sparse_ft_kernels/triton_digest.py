@@ -70,7 +70,7 @@ def _digest_block(
     tl.atomic_add(out_ptr + 1, tl.sum(sum_half, axis=0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nnz"])
 def _digest_kernel(
     idx_ptr,
     ptr_ptr,

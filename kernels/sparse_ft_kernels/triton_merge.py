@@ -87,7 +87,7 @@ def _count_block(
     tl.store(counts_ptr + block, tl.max(running, axis=0).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "most"])
 def _count_kernel(
     table_ptr,
     count,
@@ -106,7 +106,7 @@ def _count_kernel(
         _count_block(table_ptr, delta, block, nnz, counts_ptr, MANY, ALIGNED, True, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "most", "tiles"])
 def _ptr_kernel(
     table_ptr, count, most, starts_ptr, out_ptr, tiles, BLOCK: tl.constexpr, TILES: tl.constexpr
 ):
@@ -166,7 +166,7 @@ def _fill_block(
     tl.store(out_val_ptr + place, acc, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "most"])
 def _fill_kernel(
     table_ptr,
     count,
