@@ -15,7 +15,9 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-# Registers of a thread, by kernel: the most over the targets and over Triton 3.6, 3.7 and 3.9.
+OTHERS = ("sm_80", "sm_100", "gfx942")
+# Registers of a thread on NVIDIA targets, by kernel: those of Triton 3.7.1 for sm_90 and a quarter
+# more, since other targets and versions of Triton use a few more or fewer.
 LIMITS = json.loads((ROOT / "tests" / "aot_limits.json").read_text(encoding="utf-8"))
 
 
@@ -33,18 +35,24 @@ def run(*command: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
-    """Every kernel for every target, from one run of the command."""
-    file = tmp_path_factory.mktemp("aot") / "kernels.jsonl"
-    run("-m", "sparse_ft_kernels.aot", "--json", str(file))
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    """Every kernel for one target, and those of bfloat16 for the others: all take twice as long."""
+    folder = tmp_path_factory.mktemp("aot")
+    others = [word for target in OTHERS for word in ("--target", target)]
+    lines = []
+    for name, options in (("all", ["--target", "sm_90"]), ("bf16", ["--only", "bf16", *others])):
+        file = folder / f"{name}.jsonl"
+        run("-m", "sparse_ft_kernels.aot", "--json", str(file), *options)
+        lines += file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_every_target(compiled):
-    names = {line["name"] for line in compiled}
-    assert {line["target"] for line in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert len(compiled) == 4 * len(names)
-    assert names == LIMITS.keys()
+def test_kernels_compile_for_every_target(compiled):
+    assert {line["name"] for line in compiled if line["target"] == "sm_90"} == LIMITS.keys()
+    brain = {name for name in LIMITS if "bf16" in name}
+    assert len(brain) > 10
+    for target in OTHERS:
+        assert {line["name"] for line in compiled if line["target"] == target} == brain
 
 
 @pytest.mark.slow
@@ -52,7 +60,7 @@ def test_registers_stay_within_their_limits(compiled):
     beyond = {
         f"{line['name']} {line['target']}": (line["registers"], LIMITS[line["name"]])
         for line in compiled
-        if line["registers"] > LIMITS[line["name"]]
+        if line["target"].startswith("sm_") and line["registers"] > LIMITS[line["name"]]
     }
     assert not beyond
 
