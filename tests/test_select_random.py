@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import MODELS, flat_support, numels, tensors
 
-from sparse_ft_kernels import TooFewError, select_random
+from sparse_ft_kernels import TooFewError, reference, select_random
 
 
 def _key(seed: int, tile: int, offset: int) -> int:
@@ -68,3 +68,25 @@ def test_exclude(backend):
     assert np.array_equal(idx.numpy(), np.arange(1, 1000, 2, dtype=np.uint16))
     with pytest.raises(TooFewError, match="only 500"):
         select_random(model, k=501, seed=0, exclude=out)
+
+
+@pytest.mark.parametrize("low", [0x7FFFFFF0, -1, 0x40000000])
+def test_any_bound_gives_the_same_result_in_triton(monkeypatch, low):
+    pytest.importorskip("triton")
+    from sparse_ft_kernels import triton_backend, triton_select_random, triton_select_topk
+
+    if why := triton_backend.unavailable(torch.device("cpu")):
+        pytest.skip(why)
+    model = [torch.zeros(66_000), torch.zeros(300)]
+    exclude = flat_support([66_000, 300], [np.arange(0, 66_000, 3), np.arange(300)])
+    eligible = 66_000 - 22_000
+    expected = reference.select_random(model, 15_000, -5, *exclude)
+    monkeypatch.setattr(
+        triton_select_random,
+        "random_bound",
+        lambda k, *_: triton_select_topk.Bound(eligible + 22_300, low),
+    )
+    monkeypatch.setenv("SPARSE_FT_BACKEND", "triton")
+    idx, ptr = select_random(model, k=15_000, seed=-5, exclude=exclude)
+    oracles.assert_bits(idx, expected[0])
+    assert torch.equal(ptr, expected[1])

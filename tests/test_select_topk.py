@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import DTYPES, MODELS, flat_support, n_tiles, numels, rng, tensors, top_k
 
-from sparse_ft_kernels import NonFiniteError, TooFewError, native, select_topk
+from sparse_ft_kernels import NonFiniteError, TooFewError, native, reference, select_topk
 
 
 def check(a, b, k, exclude=None):
@@ -187,3 +187,135 @@ def test_same_bits_for_any_number_of_threads(threads, monkeypatch, native_librar
     a, b = (tensors([(1_000_003,), (65536,)], generator, torch.bfloat16) for _ in range(2))
     for k in (100, 30_000, 500_000):
         check(a, b, k)
+
+
+# --- the paths of the Triton kernels --------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The module of the Triton kernels, which serve the test."""
+    pytest.importorskip("triton")
+    from sparse_ft_kernels import triton_backend, triton_select_topk
+
+    if why := triton_backend.unavailable(torch.device("cpu")):
+        pytest.skip(why)
+    monkeypatch.setenv("SPARSE_FT_BACKEND", "triton")
+    return triton_select_topk
+
+
+def same_as_reference(a, b, k, exclude=None, tie="index"):
+    """Selects by the backend in use and by `reference`; returns whether the fallback ran."""
+    found = select_topk(a, b, k=k, exclude=exclude, tie=tie)
+    expected = reference.select_topk(a, b, k, *(exclude or (None, None)), tie == "all")
+    oracles.assert_bits(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    info, expected_info = found[2].tolist(), expected[2].tolist()
+    assert info[:6] + info[7:] == expected_info[:6] + expected_info[7:]
+    return info[6]
+
+
+def _ranked(generator):
+    """Two tensors, two of whose values are frequent, and what to exclude."""
+    a = tensors([(70_001,), (4097,)], generator)
+    a[0][::3] = 1.5
+    a[1][::2] = -0.5
+    skip = [(torch.rand(t.shape, generator=generator) < 0.2).nonzero().reshape(-1) for t in a]
+    return a, flat_support(numels(a), [s.numpy() for s in skip])
+
+
+@pytest.mark.parametrize("bound", ["too high", "no room", "everything", "above infinity"])
+@pytest.mark.parametrize("excluded", [False, True])
+def test_any_bound_gives_the_same_result(kernels, monkeypatch, bound, excluded):
+    a, exclude = _ranked(rng("bounds"))
+    exclude = exclude if excluded else None
+    n_excluded = len(exclude[0]) if exclude else 0
+    bounds = {
+        "too high": lambda n, k, eligible, out: kernels.Bound(k + 100 + n_excluded, 0x40600000),
+        "no room": lambda n, k, eligible, out: kernels.Bound(k + n_excluded, 0x3F000001),
+        "everything": lambda n, k, eligible, out: kernels.Bound(eligible + n_excluded, -1),
+        "above infinity": lambda n, k, eligible, out: kernels.Bound(k + n_excluded, 0x7F7FFFFF),
+    }
+    monkeypatch.setattr(kernels, "sampled_bound", bounds[bound])
+    for k, tie in ((7, "index"), (20_000, "all")):
+        fallback = same_as_reference(a, [], k, exclude, tie)
+        assert fallback == (bound != "everything" and not (bound == "too high" and k == 7)), k
+
+
+@pytest.mark.parametrize("value", [1.5, 0.5])
+@pytest.mark.parametrize("excluded", [False, True])
+def test_ties_at_the_bound_are_read_again(kernels, monkeypatch, value, excluded):
+    a, exclude = _ranked(rng("ties"))
+    exclude = exclude if excluded else None
+    n_excluded = len(exclude[0]) if exclude else 0
+    low = int(torch.tensor(value).view(torch.int32))
+    magnitude = torch.cat([t.abs() for t in a])
+    if exclude:
+        base = torch.repeat_interleave(torch.tensor([0, 65536, 70_001]), exclude[1].diff())
+        magnitude[base + exclude[0].to(torch.int64)] = -1
+    above = int((magnitude > value).sum())
+    equal = int((magnitude == value).sum())
+    monkeypatch.setattr(
+        kernels, "sampled_bound", lambda n, k, *_: kernels.Bound(k + n_excluded, low)
+    )
+    for k, tie in ((above + 1, "all"), (above + equal // 2, "index"), (above + equal, "index")):
+        assert same_as_reference(a, [], k, exclude, tie) == 0
+    assert same_as_reference(a, [], above + equal + 1, exclude) == 1
+
+
+@pytest.mark.parametrize("part", [4096, 16384])
+def test_parts_and_blocks_do_not_matter(kernels, monkeypatch, part):
+    generator = rng("parts")
+    a, b = (tensors([(90_001,), (5,), (65_536,)], generator, torch.bfloat16) for _ in range(2))
+    skip = flat_support(numels(a), [np.arange(0, n, 7) for n in numels(a)])
+    monkeypatch.setattr(kernels, "PART", part)
+    monkeypatch.setattr(kernels, "LANES", part // 64)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "block_size", lambda hardware: 16 * hardware)
+    for exclude in (None, skip):
+        same_as_reference(a, b, 3000, exclude)
+
+
+def test_digits_of_either_width_find_the_same(kernels, monkeypatch):
+    a, exclude = _ranked(rng("digits"))
+    for digits in (((20, 11), (10, 10), (0, 10)), ((23, 8), (15, 8), (7, 8), (0, 7))):
+        monkeypatch.setattr(kernels, "DIGITS", digits)
+        monkeypatch.setattr(kernels, "BINS", 1 << digits[0][1])
+        same_as_reference(a, [], 5000, exclude)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "sampled_bound", lambda n, k, *_: kernels.Bound(k, 0x7F000000))
+            assert same_as_reference(a, [], 5000) == 1
+        bad = [a[0].clone(), a[1].clone()]
+        bad[1][4000] = float("inf")
+        with pytest.raises(NonFiniteError, match=r"tensor 1 \(tile 2\)"):
+            select_topk(bad, [], k=10)
+
+
+def test_the_bound_holds_almost_surely(kernels):
+    generator = rng("held")
+    a, b = (tensors(MODELS["many"], generator, torch.bfloat16) for _ in range(2))
+    for k in (10, 3000, 30_000, 200_000):
+        assert same_as_reference(a, b, k) == 0
+    assert same_as_reference([torch.zeros(200_000)], [], 1000) == 0
+
+
+@pytest.mark.parametrize("n_tiles", [1, 40, 15_259, 250_000])
+@pytest.mark.parametrize("share", [1e-6, 0.01, 0.1, 1.0])
+def test_candidates_are_bounded(kernels, n_tiles, share):
+    eligible = n_tiles * 65536
+    k = max(1, int(share * eligible))
+    bound = kernels.sampled_bound(n_tiles, k, eligible, 123)
+    assert k <= bound.room - 123 <= eligible
+    assert bound.sampled <= max(kernels.SAMPLE_MOST, kernels.SAMPLE_LEAST)
+    assert bound.sampled << bound.cell_bits >= eligible
+    if k / eligible >= 0.01 and n_tiles >= 15_259:
+        assert bound.room < 1.25 * k + 123
+    random = kernels.random_bound(k, eligible, 0)
+    assert k <= random.room <= eligible
+    assert -1 <= random.low <= 0x7FFFFFFF
+
+
+def test_storage_that_is_not_aligned(kernels):
+    generator = rng("views")
+    a, b = ([torch.randn(70_003, generator=generator)[1:], torch.ones(9)[3:]] for _ in range(2))
+    same_as_reference(a, b, 2000)

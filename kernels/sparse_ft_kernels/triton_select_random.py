@@ -32,4 +32,4 @@ def select_random(
 def variants() -> list[Variant]:
     """The kernels as compiled ahead of time: those of select_topk that make keys."""
     kind = {"HASH": True, "HAS_B": False, "CODES_A": 1, "CODES_B": 1}
-    return model_variants("select_random", kind, False)
+    return model_variants("select_random", kind, False, False)

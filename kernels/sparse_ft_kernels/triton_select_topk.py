@@ -114,8 +114,11 @@ def _value(base_ptr, code_ptr, tile, offset, mask, CODES: tl.constexpr, ALIGNED:
     code = tl.load(code_ptr + tile)
     if (CODES & (CODES - 1)) != 0 and len(tile.shape) == 0:
         # One tile of a model of several types: a branch costs less than loads that do nothing.
-        if code == 0:
-            x = load_any(base, offset, code, mask, 1, ALIGNED)
+        least: tl.constexpr = CODES & (8 - CODES)
+        if (1 << code) == least:
+            x = load_any(base, offset, code, mask, least, ALIGNED)
+        elif CODES != 7:
+            x = load_any(base, offset, code, mask, CODES - least, ALIGNED)
         elif code == 1:
             x = load_any(base, offset, code, mask, 2, ALIGNED)
         else:
@@ -1087,15 +1090,16 @@ _SEGMENTS = {"segment_start_ptr": "*i64", "segment_count_ptr": "*i32", "segment_
 _CANDIDATES = {"key_ptr": "*i32", "offset_ptr": "*u16"}
 
 
-def model_variants(name: str, kind: dict[str, Any], hot: bool) -> list[Variant]:
+def model_variants(name: str, kind: dict[str, Any], aligned: bool, hot: bool) -> list[Variant]:
     """The passes over a model, for one kind of key.
 
     Args:
         name: Prefix of their names.
         kind: HASH, HAS_B, CODES_A and CODES_B.
-        hot: They stream.
+        aligned: Tiles begin at multiples of 16 bytes.
+        hot: They must not spill.
     """
-    part = {"ALIGNED": hot, "PART": PART}
+    part = {"ALIGNED": aligned, "PART": PART}
     op, _, rest = name.partition(" ")
     collect = {"low_ptr": "*i64", "state_ptr": "*i64", **_CANDIDATES, **_SEGMENTS}
     found = [
@@ -1162,12 +1166,12 @@ def variants() -> list[Variant]:
     for name, codes_a, has_b, codes_b in (
         ("f32 f32", 1, True, 1),
         ("bf16 bf16", 2, True, 2),
-        ("f32 bf16", 1, True, 2),
-        ("bf16", 2, False, 1),
-        ("mixed mixed", 7, True, 7),
+        ("mixed mixed", 3, True, 3),
     ):
         kind = {"HAS_B": has_b, "CODES_A": codes_a, "CODES_B": codes_b}
-        found += model_variants(f"select_topk {name}", {"HASH": False, **kind}, True)
+        # Branches on the type cost scalar registers, one more than gfx942 has.
+        hot = codes_a in (1, 2, 4)
+        found += model_variants(f"select_topk {name}", {"HASH": False, **kind}, True, hot)
         for exclude in (False, True):
             suffix = f"{name}{' exclude' if exclude else ''}"
             found += [
@@ -1191,7 +1195,7 @@ def variants() -> list[Variant]:
                     {**MODEL_SIGNATURE, **_EXCLUDE, "state_ptr": "*i64"},
                     {"HAS_EXCLUDE": exclude, **kind, "ALIGNED": True, "PART": PART},
                     PART_WARPS,
-                    hot=not exclude,
+                    hot=hot and not exclude,
                 ),
             ]
     digit = {"state_ptr": "*i64", "bins_ptr": "*i64", "otherwise_ptr": "*i64"}
