@@ -226,7 +226,7 @@ def main() -> int:
     )
     parser.add_argument("out", type=Path, help="folder for logs and results")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for everything together")
-    parser.add_argument("--workers", type=int, default=4, help="files of tests at the same time")
+    parser.add_argument("--workers", type=int, default=6, help="files of tests at the same time")
     parser.add_argument(
         "--skip", action="append", default=[], choices=("build", "tests", "benchmarks", "aot")
     )

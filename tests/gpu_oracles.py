@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracles import assert_bits
+from oracles import MODELS, assert_bits, numels, random_support, rng, tensors
 from torch import Tensor
+
+import sparse_ft_kernels as ops
 
 REAL = torch.cuda.is_available()
 TRIAL = not REAL and os.environ.get("SPARSE_FT_GPU_TESTS") == "cpu"
@@ -120,3 +122,46 @@ def ulps(found: Tensor, expected: Tensor) -> float:
     target = expected.cpu().numpy()
     last = np.spacing(np.abs(target.astype(np.float32))).astype(np.float64)
     return float((np.abs(found.cpu().double().numpy() - target) / last).max())
+
+
+# A model of millions of elements with whole tiles, rests and vectors; less where kernels are
+# interpreted.
+LARGE = [(2500, 1021), (768,), (1300, 1031), (0,), (65536,), (3,)] if REAL else [(70_001,), (9,)]
+SHAPES = {**{name: MODELS[name] for name in MODELS if name != "empty"}, "large": LARGE}
+DENSITIES = (0.001, 0.028, 0.3, 1.1)  # above 1: all entries
+
+
+def model_and_support(
+    name: str, dtype: torch.dtype, density: float = 0.1, what: str = "model"
+) -> tuple[list[Tensor], Tensor, Tensor, list[np.ndarray], torch.Generator]:
+    """A model of SHAPES with a random support (idx, ptr, flat positions) and a generator."""
+    generator = rng(name, dtype, density, what)
+    model = tensors(SHAPES[name], generator, dtype)
+    return model, *random_support(numels(model), density, generator), generator
+
+
+def deltas_of(
+    model: Sequence[Tensor],
+    count: int,
+    density: float,
+    generator: torch.Generator,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """idx, ptr and values of random deltas."""
+    supports = [random_support(numels(model), density, generator) for _ in range(count)]
+    vals = [
+        (torch.randn(len(idx), generator=generator) * 0.1).to(dtypes[j % len(dtypes)])
+        for j, (idx, _, _) in enumerate(supports)
+    ]
+    return [s[0] for s in supports], [s[1] for s in supports], vals
+
+
+def logs_of(idx: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Room for the undo logs of deltas."""
+    return [torch.zeros(len(i), dtype=dtype) for i in idx]
+
+
+def select_topk(**arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, without the word whether a backend took its slow way."""
+    idx, ptr, info = ops.select_topk(**arguments)
+    return idx, ptr, info.index_fill(0, torch.tensor([6]), 0)
