@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Bytes: one or two registers put aside once, which ptxas does to fit another program on a processor.
+# Bytes: one or two registers put aside once, as ptxas does to fit another program on a processor.
 SPILL = 8
 WIDE = 128  # bits: the most that a thread can read or write at once on all targets
 # Arguments with a value for each tile. Tiles are fewer than 2^31; entries need not be.
