@@ -348,14 +348,17 @@ def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
 
 @lru_cache(maxsize=256)
 def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """fp64 numbers on a device, uploaded once. Python's floats reach a kernel as fp32 otherwise."""
-    return upload(values, torch.float64, device)
+    """fp64 numbers on a device, uploaded once. Python's floats reach a kernel as fp32 otherwise.
+
+    Every stream may find them here, so the upload has ended when they are handed out.
+    """
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 @lru_cache(maxsize=64)
 def scalar(value: float, device: torch.device) -> Tensor:
     """One fp32 number on a device, uploaded once: the default of an optional scalar."""
-    return upload([value], torch.float32, device)
+    return torch.tensor([value], dtype=torch.float32, device=device)
 
 
 _TICKETS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -388,4 +391,3 @@ def finish(step_ptr, ticket_ptr):
 def addresses(values: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 addresses on a device, uploaded once."""
     return upload(values, torch.int64, device)
-
