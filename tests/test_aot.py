@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 OTHERS = ("sm_80", "sm_100", "gfx942")
 # Registers of a thread on NVIDIA targets, by kernel: those of Triton 3.7.1 for sm_90 and a quarter
-# more, since other targets and versions of Triton use a few more or fewer.
+# more, or the most of Triton 3.6.0 and 3.9.0 for sm_80 … sm_100 where that is larger.
 LIMITS = json.loads((ROOT / "tests" / "aot_limits.json").read_text(encoding="utf-8"))
 
 
