@@ -1,30 +1,43 @@
-"""How a job is timed on a CPU and on a CUDA device, and how much extra memory it needs."""
+"""How a job is timed on a CPU and on a CUDA device, how much extra memory it needs, and the
+bandwidth of the memory beside it."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-Job = Callable[[], object]
+from .case import Job
+
+
+class Yardstick(NamedTuple):
+    """A job that does nothing but move bytes."""
+
+    job: Job
+    bytes_moved: int
 
 
 class Clock(Protocol):
     """Times jobs on one kind of device."""
 
+    yardsticks: dict[str, Yardstick]
+    """ "copy": one array to another, bytes read and written; "read": two arrays."""
+
     def seconds(self, job: Job) -> tuple[float, float]:
-        """Seconds that a job takes, and seconds until the host has handed it over."""
+        """Seconds that a job takes with cold caches, and until the host has handed it over."""
 
-    def peak_extra_bytes(self, job: Job) -> int:
-        """Memory that a job needs beyond what was taken before."""
+    def begin_peak(self) -> None:
+        """From here on the peak of memory counts."""
 
-    def copy_bandwidth(self) -> float:
-        """Bytes read and written per second by a large copy, the yardstick of a run."""
+    def peak_extra_bytes(self) -> int:
+        """The peak of memory beyond what was taken at begin_peak()."""
+
+    def free_bytes(self) -> int:
+        """Memory that can still be had."""
 
     def replay(self, job: Job) -> Job:
         """A job that repeats what a job does on the device, without the host's work.
@@ -37,37 +50,51 @@ class Clock(Protocol):
 class CpuClock:
     """Wall time, and resident memory (Linux; 0 elsewhere)."""
 
+    # Several times the last-level cache of one processor; more would not fit the rounds.
+    SWEEP_BYTES = 128 << 20
+    YARDSTICK_BYTES = 256 << 20
+
+    def __init__(self) -> None:
+        self._sweep = torch.ones(self.SWEEP_BYTES // 4)
+        a, b = (torch.ones(self.YARDSTICK_BYTES // 4) for _ in range(2))
+        self.yardsticks = {
+            "copy": Yardstick(lambda: b.copy_(a), 2 * self.YARDSTICK_BYTES),
+            "read": Yardstick(lambda: torch.dot(a, b), 2 * self.YARDSTICK_BYTES),
+        }
+        self._before = 0
+
     def seconds(self, job: Job) -> tuple[float, float]:
+        # Reading leaves nothing that must be written back while the job runs.
+        self._sweep.sum()
         start = time.perf_counter()
         result = job()
         taken = time.perf_counter() - start
         del result
         return taken, taken
 
-    def peak_extra_bytes(self, job: Job) -> int:
-        status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    @staticmethod
+    def _status(field: str) -> int:
+        status = Path("/proc/self/status")
         if not status.exists():
             return 0
+        line = next(x for x in status.read_text().splitlines() if x.startswith(field))
+        return int(line.split()[1]) * 1024
 
-        def field(name: str) -> int:
-            line = next(x for x in status.read_text().splitlines() if x.startswith(name))
-            return int(line.split()[1]) * 1024
-
+    def begin_peak(self) -> None:
         gc.collect()
-        try:
-            clear.write_text("5")
-        except OSError:
-            return 0
-        before = field("VmRSS")
-        result = job()
-        peak = field("VmHWM")
-        del result
-        return max(0, peak - before)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._status("VmRSS")
 
-    def copy_bandwidth(self) -> float:
-        source, target = torch.ones(64_000_000), torch.empty(64_000_000)
-        times = [self.seconds(lambda: target.copy_(source))[0] for _ in range(7)]
-        return 2 * source.numel() * 4 / statistics.median(times[1:])
+    def peak_extra_bytes(self) -> int:
+        return max(0, self._status("VmHWM") - self._before)
+
+    def free_bytes(self) -> int:
+        info = Path("/proc/meminfo")
+        if not info.exists():
+            return 1 << 62
+        line = next(x for x in info.read_text().splitlines() if x.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
 
     def replay(self, job: Job) -> Job:
         raise RuntimeError("there are no graphs on a CPU")
@@ -81,17 +108,25 @@ class CudaClock:
     """
 
     # Several times the cache of any GPU there is.
-    FLUSH_BYTES = 512 << 20
-    COPY_BYTES = 4 << 30
+    SWEEP_BYTES = 512 << 20
+    YARDSTICK_BYTES = 2 << 30
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._flush = torch.empty(self.FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+        self._sweep = torch.ones(self.SWEEP_BYTES // 4, device=device)
+        a, b = (torch.empty(self.YARDSTICK_BYTES // 4, device=device).normal_() for _ in range(2))
+        self.yardsticks = {
+            "copy": Yardstick(lambda: b.copy_(a), 2 * self.YARDSTICK_BYTES),
+            "read": Yardstick(lambda: torch.dot(a, b), 2 * self.YARDSTICK_BYTES),
+        }
+        self._before = 0
 
     def seconds(self, job: Job) -> tuple[float, float]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        self._flush.fill_(1)  # while it runs, the host can run ahead, as it does in training
+        # Reading leaves no lines to be written back while the job runs; and meanwhile the host can
+        # run ahead, as it does in training.
+        self._sweep.sum()
         begin.record()
         start = time.perf_counter()
         result = job()
@@ -101,25 +136,20 @@ class CudaClock:
         del result
         return begin.elapsed_time(end) * 1e-3, handed_over
 
-    def peak_extra_bytes(self, job: Job) -> int:
+    def begin_peak(self) -> None:
         gc.collect()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = job()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-        del result
-        return max(0, peak - before)
+        self._before = torch.cuda.memory_allocated()
 
-    def copy_bandwidth(self) -> float:
-        source, target = (
-            torch.empty(self.COPY_BYTES // 4, dtype=torch.int32, device=self.device)
-            for _ in range(2)
-        )
-        source.random_()
-        times = [self.seconds(lambda: target.copy_(source))[0] for _ in range(12)]
-        return 2 * self.COPY_BYTES / statistics.median(times[2:])
+    def peak_extra_bytes(self) -> int:
+        torch.cuda.synchronize()
+        return max(0, torch.cuda.max_memory_allocated() - self._before)
+
+    def free_bytes(self) -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
 
     def replay(self, job: Job) -> Job:
         stream = torch.cuda.Stream()
@@ -136,6 +166,6 @@ class CudaClock:
         return graph.replay
 
 
-def clock_of(device: torch.device) -> Clock:
+def clock_of(device: str) -> Clock:
     """The clock of a kind of device."""
-    return CpuClock() if device.type == "cpu" else CudaClock(device)
+    return CpuClock() if device == "cpu" else CudaClock(torch.device(device))

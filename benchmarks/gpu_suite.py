@@ -35,9 +35,10 @@ TOTAL_S = 460.0
 BUILD_S, TESTS_S, BENCHMARK_S, AOT_S = 90.0, 170.0, 130.0, 120.0
 # Each group of cases is a process of its own, for the same reason as the files of tests.
 GROUPS = (
-    ("masked_adamw", "dense_adamw"),
-    ("compose", "compose_2", "restore", "swap"),
-    ("select_topk",),
+    ("masked_adamw", "gather", "dense_adamw", "anchor_l1"),
+    ("compose", "compose_2", "restore", "swap", "merge", "overlap", "check_support", "digest"),
+    ("select_topk", "select_random", "index_build"),
+    ("training_step",),
 )
 
 
@@ -230,7 +231,7 @@ def main() -> int:
     parser.add_argument(
         "--skip", action="append", default=[], choices=("build", "tests", "benchmarks", "aot")
     )
-    parser.add_argument("--quick", action="store_true", help="benchmarks on a 25M model")
+    parser.add_argument("--quick", action="store_true", help="benchmarks on a small model")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     suite = Suite(options.out.resolve(), options.seconds)

@@ -1,8 +1,9 @@
 """`python -m benchmarks.run`: verifies each case, then times us and the peers in turn.
 
-Times on shared processors drift, so the providers take turns and the ratio of medians is what
-counts. With `--device cuda`, events give the time of each call; what can be captured is also
-replayed as a CUDA graph, which is the device's work alone.
+Times on shared processors drift, by a factor of two within minutes, so all providers of a case and
+the yardsticks of memory bandwidth take turns in one process: ratios of medians are what counts.
+Every run begins with cold caches. With `--device cuda` events give the time of each call; what can
+be captured is also replayed as a CUDA graph, which is the device's work alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,184 +20,313 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from sparse_ft_kernels import native
 
-from .cases import CASES, Case
+from . import cases  # noqa: F401  (registers them)
+from .case import DTYPES, LARGE, RECIPES, SUPPORTS, Case, Job, Setting, Target
 from .clocks import Clock, clock_of
 from .shapes import MODELS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Bytes per second by which times were predicted before there were any measurements (an H200).
-PREDICTED_BANDWIDTH = 4.3e12
+# Seconds that one provider may take in a case before it sits out further rounds; three it gets.
+PROVIDER_SECONDS = 5.0
+LEAST_ROUNDS = 3
+
+Plan = list[tuple[str, Setting]]
 
 
-class Job(NamedTuple):
-    """One line of a run."""
-
-    case: str
-    shape: str
-    density: float
-    dtype: str = "fp32"
-
-
-DEFAULT: dict[str, tuple[Job, ...]] = {
-    # What README states.
-    "cpu": (
-        Job("select_topk", "100M", 0.01),
-        Job("masked_adamw", "xlmr-base", 0.028),
-        Job("compose", "xlmr-base", 0.028),
-        Job("restore", "xlmr-base", 0.028),
-    ),
-    "cuda": (
-        Job("select_topk", "1B", 0.01),
-        Job("select_topk", "1B", 0.01, "bf16"),
-        Job("masked_adamw", "1B", 0.01),
-        Job("masked_adamw", "1B", 0.01, "bf16"),
-        Job("masked_adamw", "1B", 0.028, "bf16"),
-        Job("masked_adamw", "xlmr-base", 0.028),
-        Job("masked_adamw", "xlmr-base", 0.01, "bf16"),
-        Job("dense_adamw", "1B", 1.0),
-        Job("dense_adamw", "1B", 1.0, "bf16"),
-        Job("compose_2", "xlmr-base", 0.028),
-        Job("compose_2", "xlmr-base", 0.028, "bf16"),
-        Job("compose", "xlmr-base", 0.028),
-        Job("restore", "xlmr-base", 0.028),
-        Job("swap", "xlmr-base", 0.028),
-        Job("swap", "xlmr-base", 0.028, "bf16"),
-        Job("select_topk", "xlmr-base", 0.028),
-        Job("masked_adamw", "xlmr-xl", 0.01, "bf16"),
-        Job("compose_2", "xlmr-xl", 0.01, "bf16"),
-        Job("select_topk", "xlmr-xl", 0.01, "bf16"),
-    ),
-}
+def _default(device: str) -> Plan:
+    """What is measured where nothing is asked for: what README states, and one line of each op."""
+    bf16, clustered = {"dtype": "bf16"}, {"support": "clustered"}
+    lines: list[tuple[str, str, float, dict[str, str]]]
+    if device == "cpu":
+        lines = [
+            ("select_topk", "100M", 0.01, {}),
+            ("select_topk", "100M", 0.01, bf16),
+            ("select_topk", "25M", 0.01, {}),
+            ("select_topk", "xlmr-base", 0.028, clustered),
+            ("select_random", "100M", 0.028, {}),
+            ("index_build", "xlmr-base", 0.028, {}),
+            ("masked_adamw", "xlmr-base", 0.028, {}),
+            ("masked_adamw", "xlmr-base", 0.028, bf16),
+            ("masked_adamw", "xlmr-base", 0.028, clustered),
+            ("gather", "xlmr-base", 0.028, {}),
+            ("gather", "xlmr-base", 0.028, bf16),
+            ("dense_adamw", "100M", 1.0, {}),
+            ("anchor_l1", "100M", 1.0, {}),
+            ("compose", "xlmr-base", 0.028, {}),
+            ("compose", "xlmr-base", 0.028, bf16),
+            ("compose", "xlmr-base", 0.028, clustered),
+            ("compose_2", "xlmr-base", 0.028, {}),
+            ("restore", "xlmr-base", 0.028, {}),
+            ("swap", "xlmr-base", 0.028, {}),
+            ("merge", "xlmr-base", 0.028, {}),
+            ("overlap", "xlmr-base", 0.028, {}),
+            ("check_support", "xlmr-base", 0.028, {}),
+            ("digest", "xlmr-base", 0.028, {}),
+            ("load", "xlmr-base", 0.028, {}),
+            ("training_step", "xlmr-base", 0.028, {}),
+            ("training_step", "xlmr-large", 0.028, {}),
+        ]
+    else:
+        lines = [
+            ("select_topk", "1B", 0.01, {}),
+            ("select_topk", "1B", 0.01, bf16),
+            ("masked_adamw", "1B", 0.01, {}),
+            ("masked_adamw", "1B", 0.01, bf16),
+            ("masked_adamw", "1B", 0.028, bf16),
+            ("masked_adamw", "1B", 0.08, bf16),
+            ("masked_adamw", "xlmr-base", 0.028, {}),
+            ("masked_adamw", "xlmr-base", 0.028, clustered),
+            ("masked_adamw", "xlmr-base", 0.01, bf16),
+            ("gather", "xlmr-base", 0.028, {}),
+            ("dense_adamw", "1B", 1.0, {}),
+            ("dense_adamw", "1B", 1.0, bf16),
+            ("anchor_l1", "1B", 1.0, {}),
+            ("compose_2", "xlmr-base", 0.028, {}),
+            ("compose_2", "xlmr-base", 0.028, bf16),
+            ("compose", "xlmr-base", 0.028, {}),
+            ("restore", "xlmr-base", 0.028, {}),
+            ("swap", "xlmr-base", 0.028, {}),
+            ("swap", "xlmr-base", 0.028, bf16),
+            ("merge", "xlmr-base", 0.028, {}),
+            ("overlap", "xlmr-base", 0.028, {}),
+            ("check_support", "xlmr-base", 0.028, {}),
+            ("digest", "xlmr-base", 0.028, {}),
+            ("select_random", "xlmr-base", 0.028, {}),
+            ("index_build", "xlmr-base", 0.028, {}),
+            ("select_topk", "xlmr-base", 0.028, {}),
+            ("training_step", "xlmr-base", 0.028, {}),
+            ("training_step", "xlmr-large", 0.028, {}),
+            ("masked_adamw", "xlmr-xl", 0.01, bf16),
+            ("compose_2", "xlmr-xl", 0.01, bf16),
+            ("select_topk", "xlmr-xl", 0.01, bf16),
+            ("masked_adamw", "llama-8b", 0.01, bf16),
+            ("select_topk", "llama-8b", 0.01, bf16),
+        ]
+    return [
+        (op, Setting(shape, density, device=device, **rest)) for op, shape, density, rest in lines
+    ]
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 20 % and 80 %."""
+    """Median, 20 % and 80 %, and how many there were."""
     ordered = sorted(seconds)
     at = int(0.2 * (len(ordered) - 1))
-    return {"median": statistics.median(ordered), "p20": ordered[at], "p80": ordered[-1 - at]}
+    return {
+        "median": statistics.median(ordered),
+        "p20": ordered[at],
+        "p80": ordered[-1 - at],
+        "rounds": len(ordered),
+    }
 
 
-def measure(case: Case, repeats: int, clock: Clock) -> dict[str, dict[str, Any]]:
-    """For each provider seconds (median, 20 % and 80 %) and peak extra memory, or its error.
+def _prepare(case: Case, clock: Clock) -> tuple[dict[str, Job], dict[str, dict[str, Any]]]:
+    """Builds every provider, runs it once, and checks what it did."""
+    jobs: dict[str, Job] = {}
+    out: dict[str, dict[str, Any]] = {}
+    for name, provider in case.providers.items():
+        out[name] = {"source": provider.source} if provider.source else {}
+        if provider.state_bytes is not None:
+            out[name]["state_bytes"] = provider.state_bytes
+        if provider.extra_bytes > (free := clock.free_bytes()):
+            out[name]["skipped"] = (
+                f"needs about {provider.extra_bytes / 1e9:.1f} GB more, {free / 1e9:.1f} are free"
+            )
+            print(f"  {name}: skipped: {out[name]['skipped']}", flush=True)
+            continue
+        case.reset()
+        clock.begin_peak()
+        try:
+            job = provider.build()
+            result = job()
+            out[name]["peak_extra_bytes"] = clock.peak_extra_bytes()
+        except (RuntimeError, MemoryError) as error:
+            _failed(case, name, out[name], error)
+            continue
+        if provider.check:
+            try:
+                provider.check(result)
+            except AssertionError as error:
+                raise AssertionError(f"{case.op}: {name} gave a wrong result: {error}") from error
+        jobs[name] = job
+        del result
+    return jobs, out
 
-    On a GPU also the host's seconds for a call ("host"), and those of a graph replay ("graph").
+
+def _failed(case: Case, name: str, out: dict[str, Any], error: Exception) -> None:
+    """Notes that a peer cannot do the job; we must."""
+    if name == next(iter(case.providers)):
+        raise error
+    out["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    print(f"  {name} failed: {out['error']}", flush=True)
+
+
+def measure(case: Case, repeats: int, clock: Clock) -> dict[str, Any]:
+    """Verifies a case, then times its providers and the yardsticks in turn.
+
+    Args:
+        case: The case.
+        repeats: Rounds; a provider that is slow sits out some.
+        clock: Of the device.
+
+    Returns:
+        "providers": for each its seconds (median, p20, p80, rounds) and peak extra memory, or why
+        there are none; on a GPU also the host's seconds for a call ("host") and those of a graph
+        replay ("graph"). "bandwidth": bytes per second of each yardstick.
+
+    Raises:
+        AssertionError: A result is wrong.
     """
     case.verify()
-    gpu = torch.device(getattr(clock, "device", "cpu")).type != "cpu"
-    out: dict[str, dict[str, Any]] = {name: {} for name in case.providers}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in case.providers}
-
-    def failed(name: str, error: Exception) -> None:
-        if name == next(iter(case.providers)):
-            raise error
-        out[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        print(f"  {case.name}: {name} failed: {out[name]['error']}", flush=True)
-
-    for name, job in case.providers.items():
-        case.reset()
-        # The first call: what a provider keeps (optimizer state) counts as much as what it frees.
-        try:
-            out[name]["peak_extra_bytes"] = clock.peak_extra_bytes(job)
-            if gpu:
-                clock.seconds(job)  # a second call, whatever the first one compiled
-        except (RuntimeError, MemoryError) as error:
-            failed(name, error)
-        if gpu:
-            torch.cuda.empty_cache()
-    for turn in range(repeats):
-        for name, job in case.providers.items():
-            if "error" in out[name]:
+    jobs, out = _prepare(case, clock)
+    gpu = case.setting.device != "cpu"
+    if gpu:
+        for job in jobs.values():
+            case.reset()
+            job()  # whatever the first call compiled, the second has at hand
+        torch.cuda.empty_cache()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+    bare: dict[str, list[float]] = {name: [] for name in clock.yardsticks}
+    for _ in range(repeats):
+        for name, yardstick in clock.yardsticks.items():
+            bare[name].append(clock.seconds(yardstick.job)[0])
+        for name, job in jobs.items():
+            taken = times[name]
+            if len(taken) >= LEAST_ROUNDS and sum(t for t, _ in taken) > PROVIDER_SECONDS:
                 continue
             case.reset()
             try:
-                times[name].append(clock.seconds(job))
+                taken.append(clock.seconds(job))
             except (RuntimeError, MemoryError) as error:
-                failed(name, error)
-        if not gpu:
-            print(f"  {case.name}: round {turn + 1} of {repeats}", flush=True)
-    for name, taken in times.items():
+                _failed(case, name, out[name], error)
+    for name, pairs in times.items():
         if "error" in out[name]:
             continue
-        out[name] |= spread([seconds for seconds, _ in taken])
+        out[name] |= spread([seconds for seconds, _ in pairs])
         if gpu:
-            out[name]["host"] = statistics.median(host for _, host in taken)
-    for name in case.captured if gpu else ():
-        if "error" in out[name]:
+            out[name]["host"] = statistics.median(host for _, host in pairs)
+    for name, provider in case.providers.items() if gpu else ():
+        if not provider.captured or "median" not in out[name]:
             continue
         try:
-            replay = clock.replay(case.providers[name])
+            replay = clock.replay(jobs[name])
             out[name]["graph"] = spread([clock.seconds(replay)[0] for _ in range(repeats)])
             del replay
         except RuntimeError as error:
             out[name]["graph_error"] = str(error).splitlines()[0][:200]
-            print(f"  {case.name}: {name} was not captured: {error}", flush=True)
-    return out
+            print(f"  {name} was not captured: {error}", flush=True)
+    bandwidth = {
+        name: clock.yardsticks[name].bytes_moved / statistics.median(seconds)
+        for name, seconds in bare.items()
+    }
+    return {"providers": out, "bandwidth": bandwidth}
 
 
-def judge(
-    case: Case, measured: dict[str, dict[str, Any]], bandwidth: float
-) -> list[dict[str, Any]]:
-    """Each target beside what was measured."""
-    ours = next(iter(measured.values()))
+def _judge(target: Target, providers: dict[str, dict[str, Any]], floor: float) -> dict[str, Any]:
+    """A target beside what was measured, or {} where nothing was."""
+    ours = next(iter(providers.values()))
     best = min(ours["median"], ours.get("graph", ours)["median"])
-    floor = case.bytes_moved / bandwidth
-    lines = []
-    for target in case.targets:
-        peer = measured.get(target.peer, {})
-        if target.kind == "floor":
-            text = f"at least {target.value:.0%} of the floor"
-            found = floor / best
-            passed = found >= target.value
-        elif "median" not in peer:
-            continue
-        elif target.kind == "peer":
-            text = f"at least {target.value:g}× faster than {target.peer}"
-            found = peer["median"] / ours["median"]
-            passed = found >= target.value
-        else:
-            text = f"at most {target.value:.0%} of the extra memory of {target.peer}"
-            found = ours["peak_extra_bytes"] / max(1, peer["peak_extra_bytes"])
-            passed = found <= target.value
-        lines.append({"target": text, "found": found, "passed": passed})
-    return lines
+    peer = providers.get(target.peer, {})
+    number = f"{target.value:.3g}"
+    if target.kind == "floor":
+        text, found = f"at least {target.value:.0%} of the floor", floor / best
+    elif "median" not in peer:
+        return {}
+    elif target.kind == "peer":
+        text, found = f"{number}× faster than {target.peer}", peer["median"] / ours["median"]
+    elif target.kind == "share":
+        text = f"{target.peer} at most {target.value:.0%} of the whole"
+        found = peer["median"] / ours["median"]
+    elif target.kind == "memory":
+        text = f"at most {target.value:.0%} of the extra memory of {target.peer}"
+        found = ours["peak_extra_bytes"] / max(1, peer["peak_extra_bytes"])
+    else:
+        raise ValueError(f"unknown kind of target: {target.kind!r}")
+    passed = found <= target.value if target.kind in ("share", "memory") else found >= target.value
+    return {
+        "target": text,
+        "kind": target.kind,
+        "value": target.value,
+        "peer": target.peer,
+        "found": found,
+        "passed": passed,
+    }
+
+
+def line(
+    case: Case, measured: dict[str, Any], here: dict[str, Any], study: str = "cases"
+) -> dict[str, Any]:
+    """What is stored of a case.
+
+    Args:
+        case: The case.
+        measured: What measure() gave.
+        here: What machine() gave.
+        study: "cases" or "scaling".
+
+    Returns:
+        The line, to be written as JSON.
+    """
+    setting = case.setting
+    floor = case.bytes_moved / measured["bandwidth"][case.yardstick]
+    targets = case.targets if setting.numel >= LARGE else ()
+    judged = [_judge(target, measured["providers"], floor) for target in targets]
+    return {
+        "schema": 2,
+        "study": study,
+        "op": case.op,
+        "shape": setting.shape,
+        "density": setting.density,
+        "dtype": setting.dtype,
+        "device": setting.device,
+        "support": setting.support,
+        "numel": setting.numel,
+        "nnz": setting.nnz,
+        "bytes_moved": int(case.bytes_moved),
+        "note": case.note,
+        "yardstick": case.yardstick,
+        "floor": floor,
+        **measured,
+        "targets": [target for target in judged if target],
+        **here,
+    }
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns in line, the first to the left."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     for cells in (columns, *rows):
-        line = [cells[0].ljust(widths[0])]
-        line += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        print("  " + "  ".join(line).rstrip(), flush=True)
+        text = [cells[0].ljust(widths[0])]
+        text += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        print("  " + "  ".join(text).rstrip(), flush=True)
 
 
-def report(case: Case, measured: dict[str, dict[str, Any]], bandwidth: float, gpu: bool) -> None:
-    """The table of a case."""
-    print(f"{case.name}: {case.conditions}")
-    columns = ["", "ms (median)", "20–80 %", "GB/s", "% of copy", "extra MB", "ours is faster by"]
+def report(record: dict[str, Any]) -> None:
+    """Prints the table of a line."""
+    gpu = record["device"] != "cpu"
+    columns = ["", "ms (median)", "20–80 %", "GB/s", "% of floor", "extra MB", "ours is faster by"]
     if gpu:
         columns[3:3] = ["graph ms", "host ms"]
-    ours = next(iter(measured.values()))["median"]
+    ours = next(iter(record["providers"].values()))["median"]
     digits = 3 if gpu else 1
     rows = []
-    for i, (name, m) in enumerate(measured.items()):
-        if "error" in m:
-            rows.append([name, "failed", *[""] * (len(columns) - 2)])
+    for i, (name, m) in enumerate(record["providers"].items()):
+        if "median" not in m:
+            rows.append([name, "skipped" if "skipped" in m else "failed", *[""] * len(columns[2:])])
             continue
-        rate = case.bytes_moved / m.get("graph", m)["median"]
+        best = m.get("graph", m)["median"]
         row = [
             name,
             f"{m['median'] * 1e3:.{digits}f}",
             f"{m['p20'] * 1e3:.{digits}f}–{m['p80'] * 1e3:.{digits}f}",
-            f"{rate / 1e9:.1f}" if i == 0 else "",
-            f"{100 * rate / bandwidth:.0f}" if i == 0 else "",
+            f"{record['bytes_moved'] / best / 1e9:.1f}" if i == 0 else "",
+            f"{100 * record['floor'] / best:.0f}" if i == 0 else "",
             f"{m['peak_extra_bytes'] / 1e6:.1f}",
             "" if i == 0 else f"{m['median'] / ours:.1f}×",
         ]
@@ -204,16 +335,16 @@ def report(case: Case, measured: dict[str, dict[str, Any]], bandwidth: float, gp
             row[3:3] = [graph, f"{m['host'] * 1e3:.3f}"]
         rows.append(row)
     print_table(columns, rows)
-    if gpu:
-        print(
-            f"  {case.bytes_moved / 1e9:.3f} GB: "
-            f"{case.bytes_moved / PREDICTED_BANDWIDTH * 1e3:.3f} ms predicted at 4.3 TB/s, "
-            f"floor {case.bytes_moved / bandwidth * 1e3:.3f} ms at the measured copy bandwidth"
-        )
-        for line in judge(case, measured, bandwidth):
-            word = "pass" if line["passed"] else "FAIL"
-            form = f"{line['found']:.1f}×" if "faster" in line["target"] else f"{line['found']:.2%}"
-            print(f"  target: {line['target']}: {form}, {word}", flush=True)
+    bandwidth = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in record["bandwidth"].items())
+    print(
+        f"  {record['bytes_moved'] / 1e9:.3f} GB to move: {record['floor'] * 1e3:.{digits}f} ms by "
+        f"the {record['yardstick']} yardstick (GB/s in these rounds: {bandwidth})"
+    )
+    for target in record["targets"]:
+        word = "pass" if target["passed"] else "FAIL"
+        faster = target["kind"] == "peer"
+        found = f"{target['found']:.1f}×" if faster else f"{target['found']:.2%}"
+        print(f"  target: {target['target']}: {found}, {word}", flush=True)
 
 
 def commit() -> str:
@@ -228,8 +359,8 @@ def commit() -> str:
         return ""
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a stored result must say of where it was measured."""
+def machine(device: str) -> dict[str, Any]:
+    """What a stored line must say of where, when and of what it was measured."""
     model = "unknown"
     if (info := Path("/proc/cpuinfo")).exists():
         model = next(
@@ -246,10 +377,10 @@ def machine(device: torch.device) -> dict[str, Any]:
         "library": native.load()[1],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        "os": platform.system(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1",
     }
-    if device.type != "cpu":
+    if device != "cpu":
         import triton
 
         here |= {
@@ -257,130 +388,210 @@ def machine(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "triton": triton.__version__,
         }
-    return here
+    return {"machine": here, "commit": commit(), "date": datetime.date.today().isoformat()}
 
 
-def scaling(repeats: int, device: torch.device, clock: Clock) -> None:
-    """Time against N and nnz: both must be linear."""
-    print("scaling, fp32: milliseconds (and nanoseconds per parameter)")
-    names = ("select_topk", "masked_adamw", "compose")
-    rows = []
-    for n in (12_500_000, 25_000_000, 50_000_000, 100_000_000):
-        MODELS["scaling"] = {"matrix": (n,)}
-        row = [f"{n / 1e6:.1f}M"]
-        for name in names:
-            case = CASES[name]("scaling", 0.02, torch.float32, device)
-            job = next(iter(case.providers.values()))
-            seconds = []
-            for _ in range(repeats):
-                case.reset()
-                job()
-                seconds.append(clock.seconds(job)[0])
-            best = statistics.median(seconds)
-            row.append(f"{best * 1e3:.2f} ({best / n * 1e9:.3f})")
-        rows.append(row)
-    print_table(["parameters", *names], rows)
-
-
-def jobs_of(arguments: argparse.Namespace) -> list[Job]:
+def plan_of(arguments: argparse.Namespace) -> Plan:
     """The lines of a run: the default ones as the options change them, each once."""
-    found: list[Job] = []
-    chosen = list(DEFAULT[arguments.device])
-    known = {job.case for job in chosen}
+    device = arguments.device
+    chosen = _default(device)
+    if arguments.quick:
+        chosen = [
+            (op, Setting("5M", dtype=dtype, device=device))
+            for op, recipe in RECIPES.items()
+            for dtype in DTYPES
+            if device == "cpu" or not recipe.cpu_only
+        ]
+    known = {op for op, _ in chosen}
     # A case that is no default of this device: on the model that most are measured on.
-    chosen += [Job(op, "xlmr-base", 0.028) for op in arguments.op or () if op not in known]
-    for job in chosen:
-        if arguments.op and job.case not in arguments.op:
-            continue
-        changed = Job(
-            job.case,
-            "25M" if arguments.quick else arguments.shape or job.shape,
-            arguments.density or job.density,
-            arguments.dtype or job.dtype,
-        )
-        if changed not in found:
-            found.append(changed)
-    return found
-
-
-def run_job(
-    job: Job, repeats: int, device: torch.device, clock: Clock, bandwidth: float
-) -> dict[str, Any]:
-    """Measures one line, prints its table, and returns what is stored of it."""
-    gpu = device.type != "cpu"
-    case = CASES[job.case](job.shape, job.density, DTYPES[job.dtype], device)
-    measured = measure(case, repeats, clock)
-    report(case, measured, bandwidth, gpu)
-    record = {
-        **job._asdict(),
-        "bytes_moved": case.bytes_moved,
-        "copy_bandwidth": bandwidth,
-        "providers": measured,
+    chosen += [
+        (op, Setting("xlmr-base", device=device)) for op in arguments.op or () if op not in known
+    ]
+    changes = {
+        name: value
+        for name in ("shape", "density", "dtype", "support")
+        if (value := getattr(arguments, name)) is not None
     }
-    if gpu:
-        record |= {
-            "predicted": case.bytes_moved / PREDICTED_BANDWIDTH,
-            "floor": case.bytes_moved / bandwidth,
-            "targets": judge(case, measured, bandwidth),
-        }
+    changed = [
+        (op, RECIPES[op].setting(replace(setting, **changes)))
+        for op, setting in chosen
+        if not arguments.op or op in arguments.op
+    ]
+    return list(dict.fromkeys(changed))
+
+
+def run_case(
+    op: str, setting: Setting, repeats: int, clock: Clock, here: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Measures one case, prints its table, and returns its line, or None where it does not fit."""
+    print(f"{op}: {setting}", flush=True)
+    gc.collect()
+    needed, free = RECIPES[op].input_bytes(setting), clock.free_bytes()
+    if needed > 0.9 * free:
+        print(
+            f"  skipped: it needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free",
+            flush=True,
+        )
+        return None
+    case = RECIPES[op].make(setting)
+    record = line(case, measure(case, repeats, clock), here)
+    report(record)
     return record
 
 
-def main() -> int:
-    """The command line; the exit status is 1 where a case failed."""
+def quick_faults(op: str, setting: Setting, record: dict[str, Any]) -> list[str]:
+    """What even a quick run must show and does not: a peer that is missing, a ratio too low."""
+    faults = []
+    providers = record["providers"]
+    for name, measured in providers.items():
+        if "median" not in measured:
+            faults.append(f"{op}, {setting.dtype}: {name}: {measured}")
+    ours = next(iter(providers.values()))["median"]
+    for target in RECIPES[op].make(setting).targets:
+        if target.quick is None or setting.device != "cpu":
+            continue
+        found = providers[target.peer]["median"] / ours
+        if found < target.quick:
+            faults.append(
+                f"{op}, {setting.dtype}: only {found:.1f}× faster than {target.peer}, and even a "
+                f"quick run should show {target.quick}×"
+            )
+    return faults
+
+
+def key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two lines comparable."""
+    names = ("study", "op", "shape", "density", "dtype", "device", "support")
+    return tuple(record[name] for name in names)
+
+
+def compared(new: dict[str, Any], old: dict[str, Any]) -> float:
+    """How our advantage changed from one line to another: the geometric mean, over the peers of
+    both, of the ratio of peer ÷ ours now to that before. Below 1 we lost ground. Only ratios enter,
+    so the machines may differ in speed.
+    """
+    changes = []
+    ours = [next(iter(record["providers"].values()))["median"] for record in (new, old)]
+    for name, measured in list(new["providers"].items())[1:]:
+        before = old["providers"].get(name, {})
+        if "median" in measured and "median" in before:
+            changes.append((measured["median"] / ours[0]) / (before["median"] / ours[1]))
+    if not changes:
+        return math.nan
+    return math.exp(statistics.fmean(map(math.log, changes)))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The stored lines of a file."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(row) for row in text.splitlines() if row.strip()]
+
+
+def compare(records: list[dict[str, Any]], path: Path, tolerance: float) -> list[str]:
+    """Prints how our advantage over the peers changed since a stored run; returns what got worse.
+
+    Args:
+        records: The lines of this run.
+        path: The stored ones; of several for one case the last counts.
+        tolerance: Share of the advantage that may be lost before it is called worse.
+    """
+    stored = {key(record): record for record in read_lines(path)}
+    rows, worse = [], []
+    for record in records:
+        title = f"{record['op']}, {record['shape']}, {record['dtype']}, {record['support']}"
+        if (old := stored.get(key(record))) is None:
+            rows.append([title, "", "no stored line"])
+            continue
+        change = compared(record, old)
+        word = "nothing to compare" if math.isnan(change) else "same"
+        if change < 1 - tolerance:
+            word = "WORSE"
+            worse.append(f"{title}: {change:.2f} of the advantage at {old['commit']}")
+        elif change > 1 / (1 - tolerance):
+            word = "better"
+        rows.append([title, f"{change:.2f}", word])
+    print(f"advantage over the peers, as a share of that in {path}:")
+    print_table(["", "now ÷ then", ""], rows)
+    return worse
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--device", choices=tuple(DEFAULT), default="cpu")
-    parser.add_argument("--op", choices=sorted(CASES), action="append", help="only these cases")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--op", choices=sorted(RECIPES), action="append", help="only these cases")
     parser.add_argument("--shape", choices=sorted(MODELS), help="model; default: each case's own")
-    parser.add_argument("--density", type=float, help="default: each case's own")
+    parser.add_argument("--density", type=float, help="0 to 1; default: each case's own")
     parser.add_argument("--dtype", choices=DTYPES, help="default: each case's own")
-    parser.add_argument("--repeats", type=int, help="default: 7, and 15 on a GPU")
-    parser.add_argument("--quick", action="store_true", help="a 25M model, three rounds")
+    parser.add_argument("--support", choices=SUPPORTS, help="default: each case's own")
+    parser.add_argument("--repeats", type=int, help="rounds; default: 7, and 15 on a GPU")
     parser.add_argument(
-        "--scaling", action="store_true", help="also time against the size of the model"
+        "--quick",
+        action="store_true",
+        help="every case on a small model; the status is 1 where a peer is missing or far slower "
+        "ones are not beaten",
+    )
+    parser.add_argument(
+        "--scaling", action="store_true", help="time and memory against parameters and density"
     )
     parser.add_argument("--limit", type=float, help="begin no case after so many seconds")
     parser.add_argument("--json", type=Path, help="append one line per case to this file")
+    parser.add_argument(
+        "--compare", type=Path, help="a file of stored lines; the status is 1 where we lost ground"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.25, help="of --compare, a share (default 0.25)"
+    )
+    return parser
+
+
+def main() -> int:
+    """The command line; the exit status is 1 where a case failed, or is worse than it should be."""
+    parser = _parser()
     arguments = parser.parse_args()
     begin = time.monotonic()
-    device = torch.device(arguments.device)
+    device = arguments.device
     library, reason = native.load()
-    if device.type == "cpu" and library is None:
+    if device == "cpu" and library is None:
         parser.error(f"the C++ library cannot be used, so there is nothing to measure: {reason}")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
-    repeats = 3 if arguments.quick else arguments.repeats or (7 if device.type == "cpu" else 15)
+    repeats = arguments.repeats or (3 if arguments.quick else 7 if device == "cpu" else 15)
     here = machine(device)
     clock = clock_of(device)
-    bandwidth = clock.copy_bandwidth()
-    print(f"{here['cpu']}, {here['threads']} threads, torch {here['torch']}, {here['library']}")
-    if device.type != "cpu":
-        print(f"{here['device']}, CUDA {here['cuda']}, Triton {here['triton']}")
-    print(f"copy: {bandwidth / 1e9:.1f} GB/s", flush=True)
-    failures = []
-    for job in jobs_of(arguments):
-        if arguments.limit and time.monotonic() - begin > arguments.limit:
-            failures.append(job)
-            print(f"{job}: not begun, {arguments.limit:.0f} s are over", flush=True)
+    print(", ".join(f"{name} {value}" for name, value in here["machine"].items()), flush=True)
+    if arguments.scaling:
+        from . import scaling
+
+        scaling.run(device, clock, here, arguments.json)
+        return 0
+    plan = plan_of(arguments)
+    faults, records = [], []
+    for number, (op, setting) in enumerate(plan, 1):
+        elapsed = time.monotonic() - begin
+        if arguments.limit and elapsed > arguments.limit:
+            faults.append(f"{op}, {setting}: not begun, {arguments.limit:.0f} s are over")
             continue
-        gc.collect()
-        if device.type != "cpu":
-            torch.cuda.empty_cache()
+        print(f"[{number}/{len(plan)}, {elapsed:.0f} s] ", end="")
         try:
-            record = run_job(job, repeats, device, clock, bandwidth)
+            record = run_case(op, setting, repeats, clock, here)
         except Exception as error:
-            failures.append(job)
-            print(f"{job}: FAILED: {type(error).__name__}: {error}", flush=True)
+            faults.append(f"{op}, {setting}: {type(error).__name__}: {error}")
+            print(f"  FAILED: {type(error).__name__}: {error}", flush=True)
             continue
+        if record is None:
+            continue
+        records.append(record)
+        if arguments.quick:
+            faults += quick_faults(op, setting, record)
         if arguments.json:
             with arguments.json.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({**record, **here}, sort_keys=True) + "\n")
-        print(f"  ({time.monotonic() - begin:.0f} s so far)", flush=True)
-    if arguments.scaling:
-        scaling(3, device, clock)
-    if failures:
-        print(f"{len(failures)} failed: {', '.join(map(str, failures))}")
-    return 1 if failures else 0
+                out.write(json.dumps(record, sort_keys=True) + "\n")
+    print(f"{len(records)} cases in {time.monotonic() - begin:.0f} s")
+    if arguments.compare:
+        faults += compare(records, arguments.compare, arguments.tolerance)
+    for fault in faults:
+        print(f"FAULT: {fault}")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -228,10 +228,21 @@ class Support:
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise ValueError(f"Support: the mask of {name!r} must be bool, got {mask.dtype}")
-        return cls.from_indices(
-            Layout.of(masks),
-            {name: mask.reshape(-1).nonzero().reshape(-1) for name, mask in masks.items()},
-        )
+        layout = Layout.of(masks)
+        parts, counts = [], []
+        for name, numel in zip(layout.names, layout.numels, strict=True):
+            # In order and without repetition already, unlike the positions of from_indices.
+            at = masks[name].detach().reshape(-1).nonzero().view(-1)
+            tiles = -(-numel // TILE)
+            starts = torch.arange(tiles + 1, device=at.device) * TILE
+            counts.append(torch.searchsorted(at, starts).diff().cpu())
+            # A tile has 65,536 entries, so the low 16 bits are the place within it.
+            parts.append(at.to(torch.uint16).cpu())
+        idx = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint16)
+        ptr = torch.zeros(layout.n_tiles + 1, dtype=torch.int64)
+        if counts:
+            torch.cumsum(torch.cat(counts), 0, out=ptr[1:])
+        return cls(layout, idx, ptr, check=False)
 
     @classmethod
     def full(cls, layout: Layout) -> Support:
