@@ -37,11 +37,13 @@ def _noise(seed: int, device: str) -> Tensor:
 def _tiled(noise: Tensor, shape: tuple[int, ...], start: int, dtype: torch.dtype) -> Tensor:
     """The noise from a place on, repeated to a shape."""
     out = torch.empty(shape, dtype=dtype, device=noise.device)
-    flat, n = out.view(-1), out.numel()
-    noise = noise.to(dtype).roll(-(start % len(noise)))
-    whole = n // len(noise) * len(noise)
-    flat[:whole].view(-1, len(noise)).copy_(noise.expand(n // len(noise), -1))
-    flat[whole:] = noise[: n - whole]
+    flat, n, period = out.view(-1), out.numel(), len(noise)
+    first = min(n, period - start % period)
+    flat[:first] = noise[start % period :][:first]
+    whole = (n - first) // period
+    flat[first : first + whole * period].view(whole, period).copy_(noise.expand(whole, -1))
+    rest = first + whole * period
+    flat[rest:] = noise[: n - rest]
     return out
 
 
@@ -56,7 +58,7 @@ def tensors(setting: Setting, seed: int, spread: float = 0.02) -> list[Tensor]:
     Returns:
         One tensor a parameter, in canonical order.
     """
-    noise = _noise(seed, setting.device) * spread
+    noise = (_noise(seed, setting.device) * spread).to(setting.torch_dtype)
     out, start = [], 0
     for name in names(setting):
         out.append(_tiled(noise, shapes_of(setting.shape)[name], start, setting.torch_dtype))
