@@ -57,7 +57,6 @@ def _default(device: str) -> Plan:
             ("index_build", "xlmr-base", 0.028, {}),
             ("masked_adamw", "xlmr-base", 0.028, {}),
             ("masked_adamw", "xlmr-base", 0.028, bf16),
-            ("masked_adamw", "xlmr-base", 0.028, clustered),
             ("gather", "xlmr-base", 0.028, {}),
             ("gather", "xlmr-base", 0.028, bf16),
             ("dense_adamw", "100M", 1.0, {}),

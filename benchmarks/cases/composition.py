@@ -99,7 +99,7 @@ def _close(weights: list[Tensor], wanted: list[Tensor]) -> None:
     """Up to two roundings of a bf16 weight; peers round in their own way."""
     tolerance = 1e-6 if weights[0].dtype == torch.float32 else 2e-3
     for w, expected in zip(weights, wanted, strict=True):
-        assert torch.allclose(w.float(), expected.float(), rtol=1e-2, atol=tolerance)
+        assert float((w - expected).abs().max()) <= tolerance
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:
@@ -139,15 +139,19 @@ def _composition(op: str, setting: Setting, count: int) -> Case:
 
         return run
 
+    @cache
+    def expected() -> list[Tensor]:
+        return deltas.expected(start)
+
     def check(_: Any) -> None:
-        _close(weights, deltas.expected(start))
+        _close(weights, expected())
 
     def reset() -> None:
         _copy(weights, start)
 
     def verify() -> None:
         ours()
-        assert inputs.equal(weights, deltas.expected(start))
+        assert inputs.equal(weights, expected())
         ops.restore_(weights, *deltas.old)
         assert inputs.equal(weights, start)
 
@@ -156,11 +160,7 @@ def _composition(op: str, setting: Setting, count: int) -> Case:
         if count == 2 and setting.shape == "xlmr-base":
             targets = [Target("floor", 1 / 3), Target("peer", 10, "index_add_")]
     else:
-        targets = [
-            Target("peer", 2, "w += COO"),
-            Target("peer", 1.5, "index_add_"),
-            Target("floor", 0.35),
-        ]
+        targets = [Target("peer", 1.5, "index_add_"), Target("floor", 0.35)]
     return Case(
         op,
         setting,
@@ -211,7 +211,7 @@ def _composition(op: str, setting: Setting, count: int) -> Case:
 
 
 def _bytes(count: int) -> Callable[[Setting], float]:
-    return lambda s: 2 * s.numel * s.width + 4 * s.numel + count * 30 * s.nnz
+    return lambda s: 3 * s.numel * s.width + 4 * s.numel + count * 30 * s.nnz
 
 
 @case("compose_", input_bytes=_bytes(1))
@@ -303,7 +303,7 @@ def restore(setting: Setting) -> Case:
     )
 
 
-@case("swap_", input_bytes=lambda s: 4 * s.numel * s.width + 4 * s.numel + 80 * s.nnz)
+@case("swap_", input_bytes=lambda s: 6 * s.numel * s.width + 4 * s.numel + 80 * s.nnz)
 def swap(setting: Setting) -> Case:
     """Exchanging the sparse fine-tuning that is on a model for another one."""
     start = inputs.tensors(setting, 0)
@@ -350,8 +350,12 @@ def swap(setting: Setting) -> Case:
 
         return run
 
+    @cache
+    def expected(which: int) -> list[Tensor]:
+        return pair[which].expected(start)
+
     def check(weights: list[Tensor], key: str) -> Callable[[Any], None]:
-        return lambda _: _close(weights, pair[on[key]].expected(start))
+        return lambda _: _close(weights, expected(on[key]))
 
     for weights in (fused, apart):
         ops.compose_(weights, *pair[0].new[:4], logs[id(weights)][0])
@@ -360,7 +364,7 @@ def swap(setting: Setting) -> Case:
         for wanted in (1, 0):
             ours()
             two()
-            assert inputs.equal(fused, pair[wanted].expected(start))
+            assert inputs.equal(fused, expected(wanted))
             assert inputs.equal(apart, fused)
 
     return Case(

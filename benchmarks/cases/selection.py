@@ -37,7 +37,7 @@ def _verify(a: list[Tensor], b: list[Tensor], k: int) -> float:
     for x, y, found in zip(a, b, inputs.positions(a, idx, ptr), strict=True):
         score = (x.float() - y.float()).abs().view(-1)
         wanted = score > threshold
-        above += int(wanted.sum())
+        above += int(wanted.count_nonzero())
         equal = (score == threshold).nonzero().view(-1)[:tied]
         tied -= len(equal)
         wanted[equal] = True
