@@ -1,3 +1,3 @@
 """The cases, by what they measure. Importing this registers them all in case.RECIPES."""
 
-from . import composition, optimizer, selection, support  # noqa: F401
+from . import composition, files, optimizer, selection, support, training  # noqa: F401
