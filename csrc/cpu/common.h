@@ -280,7 +280,13 @@ inline void fetch_ahead(const Raw *tile, const uint16_t *idx, int64_t begin, int
                         int64_t end) {
   int64_t e = first == begin ? first : first + kBlock;
   const int64_t stop = end - first < 2 * kBlock ? end : first + 2 * kBlock;
-  if (e >= stop || contiguous(idx + e, stop - e)) return;
+  if (e >= stop) return;
+  if (contiguous(idx + e, stop - e)) {
+    // Processors follow such a stream by themselves, but not while they compute on a block.
+    const Raw *end = tile + idx[stop - 1] + 1;
+    for (const Raw *line = tile + idx[e]; line < end; line += 64 / sizeof(Raw)) prefetch(line);
+    return;
+  }
   for (; e < stop; ++e) prefetch(tile + idx[e]);
 }
 

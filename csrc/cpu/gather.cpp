@@ -8,9 +8,9 @@
 namespace sft::SFT_ISA {
 namespace {
 
-// Threads take the entries by whole runs of the sum, wherever the tiles begin: a chunk stays in the
-// first-level cache between its computation and the sum.
-constexpr int64_t kChunk = 4 * SFT_SUM_RUN;
+// Threads take the entries by whole runs of the sum, wherever the tiles begin; each run is summed as
+// soon as it is complete, while it lies in the first-level cache.
+constexpr int64_t kMaxChunk = 32 * SFT_SUM_RUN, kMinChunk = 4 * SFT_SUM_RUN;
 
 // The tile of entry e: the last one that begins at or before it.
 inline int64_t tile_of(const int64_t *ptr, int64_t n_tiles, int64_t e) {
@@ -39,9 +39,12 @@ int32_t gather(const sft_tiles *grads, int64_t n_tiles, const uint16_t *idx, con
   const int64_t nnz = ptr[n_tiles];
   if (nnz > 0 && (!idx || !out || !partials)) return SFT_BAD_ARGUMENT;
 
-  for_each((nnz + kChunk - 1) / kChunk, threads, nnz, [&](int64_t chunk, int32_t) {
-    const int64_t first = chunk * kChunk;
-    const int64_t last = nnz - first < kChunk ? nnz : first + kChunk;
+  int64_t chunk = kMaxChunk;
+  while (chunk > kMinChunk && nnz / chunk < int64_t{4} * threads) chunk /= 2;
+  for_each((nnz + chunk - 1) / chunk, threads, nnz, [&](int64_t c, int32_t) {
+    const int64_t first = c * chunk;
+    const int64_t last = nnz - first < chunk ? nnz : first + chunk;
+    int64_t summed = first;
     for (int64_t t = tile_of(ptr, n_tiles, first); t < n_tiles && ptr[t] < last; ++t) {
       const int64_t begin = ptr[t] > first ? ptr[t] : first;
       const int64_t end = ptr[t + 1] < last ? ptr[t + 1] : last;
@@ -68,12 +71,12 @@ int32_t gather(const sft_tiles *grads, int64_t n_tiles, const uint16_t *idx, con
         if (delta) {
           for (int64_t i = 0; i < n; ++i) x[i] = x[i] + l1 * sign(delta[e + i]);
         }
+        for (; summed + SFT_SUM_RUN <= e + n; summed += SFT_SUM_RUN) {
+          partials[summed / SFT_SUM_RUN] = sum_of_squares(out + summed, SFT_SUM_RUN);
+        }
       });
     }
-    for (int64_t e = first; e < last; e += SFT_SUM_RUN) {
-      partials[e / SFT_SUM_RUN] =
-          sum_of_squares(out + e, last - e < SFT_SUM_RUN ? last - e : SFT_SUM_RUN);
-    }
+    if (summed < last) partials[summed / SFT_SUM_RUN] = sum_of_squares(out + summed, last - summed);
   });
   const IeeeMode ieee;
   *norm_sq = tree_sum(partials, (nnz + SFT_SUM_RUN - 1) / SFT_SUM_RUN);
