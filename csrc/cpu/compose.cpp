@@ -28,13 +28,14 @@ inline void add(const float *acc, int64_t n, typename Type::Raw *raw, Stats *sta
   for (int64_t i = 0; i < n; ++i) sum[i] = sum[i] + acc[i];
   Type::store(sum, n, rounded);
   int32_t changed = 0, swallowed = 0;
+  for (int64_t i = 0; i < n; ++i) changed += acc[i] != 0;
   for (int64_t i = 0; i < n; ++i) {
-    const bool moves = acc[i] != 0;
-    const Raw old = raw[i], chosen = moves ? rounded[i] : old;
-    changed += moves;
-    swallowed += moves & same_bits(old, chosen);
-    raw[i] = chosen;
+    const Raw old = raw[i];
+    raw[i] = acc[i] != 0 ? rounded[i] : old;
+    swallowed += same_bits(old, raw[i]);
   }
+  // Those whose acc is 0 have kept their bits, too; taken out here, so that the loops are vectors.
+  swallowed -= static_cast<int32_t>(n) - changed;
   stats->changed += changed;
   stats->swallowed += swallowed;
 }
