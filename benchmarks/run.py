@@ -73,7 +73,6 @@ def _default(device: str) -> Plan:
             ("digest", "xlmr-base", 0.028, {}),
             ("load", "xlmr-base", 0.028, {}),
             ("training_step", "xlmr-base", 0.028, {}),
-            ("training_step", "xlmr-large", 0.028, {}),
         ]
     else:
         lines = [
