@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -78,19 +79,23 @@ def masked_adamw(setting: Setting) -> Case:
         """One for all kinds of dense step: their state is the same."""
         return torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, capturable=on_gpu)
 
-    def dense(*, fused: bool = False, foreach: bool = False, masked: bool = True) -> Job:
-        optimizer = dense_optimizer()
+    @cache
+    def float_masks() -> list[Tensor]:
+        return [mask.to(setting.torch_dtype) for mask in masks()]
+
+    def dense(
+        *, fused: bool = False, foreach: bool = False, wanted: Callable[[], list[Tensor]] = masks
+    ) -> Job:
+        """A dense step after a multiplication by masks."""
+        optimizer, by = dense_optimizer(), wanted()
 
         def run() -> object:
             optimizer.param_groups[0].update(fused=fused, foreach=foreach)
-            if masked:
-                for p, mask in zip(parameters, masks(), strict=True):
-                    assert p.grad is not None
-                    p.grad.mul_(mask)
+            for p, mask in zip(parameters, by, strict=bool(by)):
+                assert p.grad is not None
+                p.grad.mul_(mask)
             return optimizer.step()
 
-        if masked:
-            masks()
         return run
 
     def ours() -> Job:
@@ -174,6 +179,13 @@ def masked_adamw(setting: Setting) -> Case:
         fused: Provider(
             lambda: dense(fused=True), reference, check, moments + n, moments + n, captured=True
         ),
+        "gradient × float mask, fused AdamW": Provider(
+            lambda: dense(fused=True, wanted=float_masks),
+            "the same with masks of the weights' data type, so that the product is a plain one",
+            check,
+            moments + n + n * width,
+            moments + n * width,
+        ),
         "gradient × mask, foreach AdamW": Provider(
             lambda: dense(foreach=True), reference, check, 5 * n * width, moments + n
         ),
@@ -197,7 +209,7 @@ def masked_adamw(setting: Setting) -> Case:
     # The last: what it does to the moments of unselected entries would move them in the others.
     bare = "fused AdamW, unmasked"
     providers[bare] = Provider(
-        lambda: dense(fused=True, masked=False),
+        lambda: dense(fused=True, wanted=list),
         "torch.optim.AdamW(fused=True): not the same job, but the least that a dense one costs",
         check_all,
         moments,
