@@ -586,7 +586,7 @@ def main() -> int:
             faults += quick_faults(op, setting, record)
         if arguments.json:
             with arguments.json.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(record, sort_keys=True) + "\n")
+                out.write(json.dumps(record) + "\n")
     print(f"{len(records)} cases in {time.monotonic() - begin:.0f} s")
     if arguments.compare:
         faults += compare(records, arguments.compare, arguments.tolerance)
