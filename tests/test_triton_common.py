@@ -157,6 +157,10 @@ def test_first_tiles_are_kept_until_ptr_changes():
     first = first_tiles(ptr, 3000, 1024)
     assert first.tolist() == [0, 1, 2, 2]
     assert first_tiles(ptr, 3000, 1024) is first
+    # Ops that take turns have blocks of different sizes.
+    small = first_tiles(ptr, 3000, 512)
+    assert first_tiles(ptr, 3000, 1024) is first
+    assert first_tiles(ptr, 3000, 512) is small
     ptr[1] = 1500
     assert first_tiles(ptr, 3000, 1024).tolist() == [0, 0, 2, 2]
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .uploads import Kept, capturing, keep_in_graph, upload
+
 TILE = 65536
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPE = attrgetter("dtype")
 
 
 class TileTable:
@@ -34,54 +39,71 @@ class TileTable:
     """
 
     __slots__ = ("aligned", "base", "codes", "dtype", "length", "n")
+    n: int
 
     def __init__(self, tensors: Sequence[Tensor], numels: Sequence[int] | None = None) -> None:
-        sizes = [t.numel() for t in tensors] if numels is None else list(numels)
+        sizes = tuple(map(Tensor.numel, tensors)) if numels is None else tuple(numels)
         device = tensors[0].device if tensors else torch.device("cpu")
-        counts = torch.tensor([-(-n // TILE) for n in sizes], dtype=torch.int64)
-        self.n = int(counts.sum()) if sizes else 0
-        first = torch.cumsum(counts, 0) - counts
-        inside = torch.arange(self.n) - torch.repeat_interleave(first, counts)
-        numel = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64), counts)
-        address = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
-        width = torch.tensor([t.element_size() for t in tensors], dtype=torch.int64)
-        codes = torch.tensor([DTYPE_CODES[t.dtype] for t in tensors], dtype=torch.int32)
-        base = torch.repeat_interleave(address, counts)
-        offset = inside * TILE * torch.repeat_interleave(width, counts)
-        self.base = _to(torch.where(base == 0, base, base + offset), device)
-        self.length = _to(torch.clamp(numel - inside * TILE, max=TILE).to(torch.int32), device)
-        self.dtype = _to(torch.repeat_interleave(codes, counts), device)
+        cut = _cut(sizes, tuple(t.dtype for t in tensors), device)
+        if capturing(device):
+            keep_in_graph(cut)
+        starts = list(map(Tensor.data_ptr, tensors))
+        base = upload(starts, torch.int64, device).index_select(0, cut.ordinal)
+        self.base = base + cut.offset
+        if not all(starts):  # an empty tensor has no address
+            self.base.masked_fill_(base == 0, 0)
+        self.length, self.dtype, self.n = cut.length, cut.dtype, len(cut.length)
         # An empty tensor may be of any type: it stands for no gradient.
         self.codes = sum({1 << DTYPE_CODES[t.dtype] for t in tensors if t.numel()})
-        self.aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
+        self.aligned = all(start % 16 == 0 for start in starts)
 
 
-def _to(host: Tensor, device: torch.device) -> Tensor:
-    """Moves a table without waiting for the device."""
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+class _Cut(NamedTuple):
+    """How tensors of some sizes and data types are cut, wherever they lie.
+
+    Args:
+        ordinal: int64 [n], the tensor of each tile.
+        offset: int64 [n], bytes from the tensor's start to the tile's.
+        length: int32 [n].
+        dtype: int32 [n].
+    """
+
+    ordinal: Tensor
+    offset: Tensor
+    length: Tensor
+    dtype: Tensor
 
 
-_CACHE: OrderedDict[tuple[object, ...], TileTable] = OrderedDict()
-_CACHE_SIZE = 64
+@lru_cache(maxsize=1024)
+def _cut(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> _Cut:
+    """The cut of some tensors. Every stream may find it here, so its upload is waited for."""
+    if capturing(device):
+        raise RuntimeError(
+            "sparse_ft: these tensors are met for the first time while a CUDA graph is captured; "
+            "run the same step once before the capture"
+        )
+    counts = torch.tensor([-(-n // TILE) for n in sizes], dtype=torch.int64)
+    ordinal = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    inside = torch.arange(len(ordinal)) - (torch.cumsum(counts, 0) - counts)[ordinal]
+    numel = torch.tensor(sizes, dtype=torch.int64)[ordinal]
+    width = torch.tensor([t.itemsize for t in dtypes], dtype=torch.int64)[ordinal]
+    codes = torch.tensor([DTYPE_CODES[t] for t in dtypes], dtype=torch.int32)[ordinal]
+    length = torch.clamp(numel - inside * TILE, max=TILE).to(torch.int32)
+    cut = (ordinal, inside * TILE * width, length, codes)
+    return _Cut(*(t.to(device) for t in cut))
+
+
+# Tiles of all tables together; a table counts as some thousands, to bound their number too.
+_TABLES: Kept[TileTable] = Kept(1 << 23, cost=lambda table: table.n + 4096)
 
 
 def tile_table(tensors: Sequence[Tensor], numels: Sequence[int] | None = None) -> TileTable:
     """The tile table of some tensors, rebuilt only when an address, size or data type changed."""
-    key: tuple[object, ...] = (
-        *((t.data_ptr(), t.dtype) for t in tensors),
-        tuple(numels) if numels is not None else tuple(t.numel() for t in tensors),
-        tensors[0].device if tensors else None,
-    )
-    table = _CACHE.get(key)
-    if table is None:
-        table = _CACHE[key] = TileTable(tensors, numels)
-        if len(_CACHE) > _CACHE_SIZE:
-            _CACHE.popitem(last=False)
-    else:
-        _CACHE.move_to_end(key)
-    return table
+    device = tensors[0].device if tensors else torch.device("cpu")
+    sizes = map(Tensor.numel, tensors) if numels is None else numels
+    dtypes = map(_DTYPE, tensors)
+    key = (tuple(map(Tensor.data_ptr, tensors)), tuple(dtypes), tuple(sizes), device)
+    return _TABLES.get(key, device, lambda: TileTable(tensors, numels))
 
 
 def n_tiles(numels: Sequence[int]) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .tile_table import DTYPE_CODES
+from .uploads import Kept, capturing, upload
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
@@ -265,19 +265,20 @@ _FIRST: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def first_tiles(ptr: Tensor, nnz: int, block: int) -> Tensor:
     """The tile of entry 0, block, 2·block, … of a support, and of its end: int32 [blocks + 1].
 
-    It is kept as long as `ptr` lives unchanged, so a step launches nothing to find it.
+    It is kept as long as `ptr` lives unchanged, so a step launches nothing to find it. Ops that
+    take turns have blocks of different sizes.
     """
     version = 0 if ptr.is_inference() else ptr._version
-    key = (version, nnz, block)
-    kept = _FIRST.get(ptr)
-    if kept is not None and kept[0] == key:
-        return kept[1]  # type: ignore[no-any-return]
+    known: tuple[int, Kept[Tensor]] | None = _FIRST.get(ptr)
+    if known is None or known[0] != version:
+        known = _FIRST[ptr] = (version, Kept(8))
+    return known[1].get((nnz, block), ptr.device, lambda: _first_tiles(ptr, nnz, block))
+
+
+def _first_tiles(ptr: Tensor, nnz: int, block: int) -> Tensor:
     entries = torch.arange(-(-nnz // block) + 1, dtype=torch.int64, device=ptr.device) * block
     first = torch.searchsorted(ptr, entries, right=True) - 1
-    first = first.clamp_(0, max(0, ptr.shape[0] - 2)).to(torch.int32)
-    if not capturing(ptr.device):  # memory of a graph must not outlive it
-        _FIRST[ptr] = (key, first)
-    return first
+    return first.clamp_(0, max(0, ptr.shape[0] - 2)).to(torch.int32)
 
 
 # --- launching ------------------------------------------------------------------------------------
@@ -323,11 +324,6 @@ def block_size(hardware: int) -> int:
     return max(hardware, 16384) if INTERPRETED else hardware
 
 
-def capturing(device: torch.device) -> bool:
-    """Is a CUDA graph being recorded?"""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def raw(tensor: Tensor) -> Tensor:
     """A tensor as the kernels read it: bfloat16 as the int16 of its bits."""
     return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
@@ -338,27 +334,27 @@ def code_of(tensors: Sequence[Tensor]) -> int:
     return DTYPE_CODES[tensors[0].dtype] if tensors else 0
 
 
-def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small vector on a device, without waiting for the device."""
-    host = torch.tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+_NUMBERS: Kept[Tensor] = Kept(1024)
 
 
-@lru_cache(maxsize=256)
+def _numbers(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    key = (values, dtype, device)
+    return _NUMBERS.get(key, device, lambda: upload(values, dtype, device))
+
+
 def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """fp64 numbers on a device, uploaded once. Python's floats reach a kernel as fp32 otherwise.
-
-    Every stream may find them here, so the upload has ended when they are handed out.
-    """
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    """fp64 numbers on a device. Python's floats reach a kernel as fp32 otherwise."""
+    return _numbers(values, torch.float64, device)
 
 
-@lru_cache(maxsize=64)
 def scalar(value: float, device: torch.device) -> Tensor:
-    """One fp32 number on a device, uploaded once: the default of an optional scalar."""
-    return torch.tensor([value], dtype=torch.float32, device=device)
+    """One fp32 number on a device: the default of an optional scalar."""
+    return _numbers((value,), torch.float32, device)
+
+
+def addresses(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 addresses on a device."""
+    return _numbers(values, torch.int64, device)
 
 
 _TICKETS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -385,9 +381,3 @@ def finish(step_ptr, ticket_ptr):
     if done == tl.num_programs(0) - 1:
         tl.store(ticket_ptr, 0)
         tl.store(step_ptr, tl.load(step_ptr) + 1)
-
-
-@lru_cache(maxsize=64)
-def addresses(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 addresses on a device, uploaded once."""
-    return upload(values, torch.int64, device)

@@ -63,8 +63,8 @@ from .triton_common import (
     magnitude_key,
     mix,
     tile_of,
-    upload,
 )
+from .uploads import upload
 
 PART = 8192  # elements of a program of the passes over the model
 PART_WARPS = 8
