@@ -257,7 +257,7 @@ def _panel(axes: Axes, one: Series, what: str) -> None:
         label = name
         exponent = one.slope(name)
         if what == "median" and not math.isnan(exponent):
-            label += f"  ({exponent + 0.0:.2f})"
+            label += f"  ({round(exponent, 2) + 0.0:.2f})"
         xs, ys = zip(*points, strict=True)
         if i == 0:
             axes.plot(xs, ys, "-o", color=OURS, linewidth=2.4, markersize=5, label=label, zorder=5)

@@ -403,7 +403,7 @@ def _scaling(lines: Sequence[Line]) -> list[str]:
                 f"{one.slope(mine):.2f}",
                 f"{one.slope_of_bytes:.2f}",
                 "; ".join(
-                    f"{name} {exponent:.2f}"
+                    f"{name} {round(exponent, 2) + 0.0:.2f}"
                     for name in one.names[1:]
                     if not math.isnan(exponent := one.slope(name))
                 ),
