@@ -325,3 +325,37 @@ def test_nothing_to_do_is_no_error(backend):
     idx, ptr, _ = OP.select_topk([], [], 0, None, None, False)
     assert len(idx) == 0
     assert ptr.tolist() == [0]
+
+
+def test_what_passed_the_checks_passes_at_once(monkeypatch):
+    checked = []
+    monkeypatch.setattr(dispatch, "_require_alignment", lambda *_: checked.append(1))
+    monkeypatch.setattr(dispatch, "_PASSED", {})
+    weights = [torch.ones(4, 6), torch.ones(3)]
+    for k in (1, 1, 2):
+        OP.select_topk(weights, [], k, None, None, False)
+    assert len(checked) == 2, "another number is checked"
+    OP.select_topk([*weights, torch.ones(1)], [], 1, None, None, False)
+    assert len(checked) == 3
+    monkeypatch.setattr(dispatch, "_PASSED_TENSORS", 8)
+    for k in (3, 4, 5):
+        OP.select_topk(weights, [], k, None, None, False)
+    assert sum(dispatch._PASSED.values()) <= 8 + 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.t_(), "is not contiguous"),
+        (lambda t: t.resize_(5, 5), "has shape"),
+        (lambda t: t.set_(t.view(3, 8)), "has shape"),
+        (lambda t: setattr(t, "data", t.data.double()), "has dtype torch.float64"),
+    ],
+    ids=["transposed", "resized", "of another shape", "of another type"],
+)
+def test_a_tensor_that_changed_is_checked_again(change, message):
+    a, b = torch.ones(4, 6), torch.zeros(4, 6)
+    OP.select_topk([a], [b], 1, None, None, False)
+    change(b)
+    with pytest.raises(ValueError, match=message):
+        OP.select_topk([a], [b], 1, None, None, False)
