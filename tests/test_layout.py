@@ -18,6 +18,7 @@ HEAVY = ("transformers", "triton", "tokenizers", "matplotlib", "rich", "typer", 
 # Ops that are written in another op's files, because they share its code.
 TOGETHER = {"restore_": "compose_", "swap_": "compose_"}
 
+
 def modules(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.py"))
 
