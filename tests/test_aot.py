@@ -144,6 +144,36 @@ def test_the_check_sees_what_it_looks_for(tmp_path):
     assert lines[5] == "False False 128 div fma sqrt", "rounding of its own"
 
 
+LAST = """
+import re
+import sys
+from sparse_ft_kernels import aot
+
+for variant in aot.variants():
+    if variant.name in sys.argv[1:]:
+        ptx = aot.compile_variant(variant, "sm_90").asm["ptx"]
+        print(*re.findall(r"bar\\.sync|atom\\.global\\.\\w+\\.acq_rel|ld\\.global\\.cg", ptx))
+"""
+
+
+@pytest.mark.slow
+def test_the_last_program_sees_what_the_others_did(tmp_path):
+    """Who counts the programs that have finished does so for all its threads, which a barrier
+    brings together, and orders what they read and wrote before it; all learn the count behind a
+    second barrier; and what others added is read past the first-level cache.
+    """
+    script = tmp_path / "last.py"
+    script.write_text(LAST, encoding="utf-8")
+    names = ("masked_adamw f32 dense grad", "dense_adamw f32", "select_topk digit next")
+    lines = run(str(script), *names).splitlines()
+    assert len(lines) == len(names)
+    for line in lines:
+        assert line.count("acq_rel") == 1
+        assert "bar.sync atom.global.gpu.acq_rel bar.sync" in line
+    digit = next(line for line in lines if "ld.global.cg" in line)
+    assert digit.index("acq_rel bar.sync ld.global.cg") < digit.rindex("ld.global.cg")
+
+
 def test_interpreted_kernels_are_refused():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
