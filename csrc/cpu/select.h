@@ -1,22 +1,23 @@
 // Exact selection of the k largest keys of a model, for select_topk and select_random.
 //
 // A key is 31 bits; an entry that is excluded has the key kNone, which is less than all. `Source`
-// makes the keys: keys(tile, first, n, out); bounds(selection, room), of step 1.
+// makes the keys: keys(tile, first, n, out); with_load(tile, first, use), where kLoads, for as many
+// at once as an instruction takes; bounds(selection, room), of step 1.
 //
 // find, in the usual case one read of the model:
-//   1. bounds   A sample of short runs at random places (or theory, for random keys) gives a low
-//               bound L, below the threshold T almost surely, that about k keys exceed. Where k is
-//               a large part of N, also a high bound H >= T.
-//   2. sweep    Every key is read once. Keys in (L, H] are stored as candidates; of keys equal to L
-//               and of keys above H only the number per tile is kept. So a mass of ties at T (bf16)
-//               costs no memory: then L = T.
-//   3. select   T is the right rank among the candidates, or L itself.
+//   1. bounds   A sample of short runs at random places (or theory, for random keys) gives bounds
+//               L <= T <= H of the threshold T that hold almost surely. About k keys exceed L.
+//   2. sweep    Every key is read once, and never written but where it reaches L. Keys > L are
+//               stored as candidates; where k is a large part of N, only those <= H. Of keys equal
+//               to L, and of those > H that are not stored, the number per tile is kept. So a mass
+//               of ties at T (bf16) costs no memory: then L = T.
+//   3. select   T is the right rank among the few candidates in (L, H], or L itself.
 //   4. count    Per tile, the entries > T and = T; the lower tiles take the ties; prefix sums: ptr.
-// If the bounds did not hold, or the candidates did not fit, T is found by radix over all keys (three
-// reads) and the sweep repeated with L = T, which cannot fail. The result is the same.
+// If the bounds did not hold, or the candidates did not fit, T is found by radix over all keys
+// (three reads) and the sweep repeated with L = T, which cannot fail. The result is the same.
 //
 // emit reads the candidates of a tile again, or the tile where its candidates do not tell
-// everything: it has keys above H, or it takes ties at L.
+// everything: it has keys above H that are not stored, or it takes ties at L.
 //
 // Candidates lie in blocks that threads take from a common pool and chain: a tile's candidates are
 // the next `stored` ones from `start` along the chain, in ascending order. Nothing depends on which
@@ -34,30 +35,53 @@ constexpr int32_t kNoLimit = INT32_MAX;
 constexpr int32_t kInfinity = 0x7F800000;
 
 constexpr int32_t kStrip = 1024;  // keys worked on at a time
-constexpr int32_t kSlack = 32;    // what compress may write beyond its result
 constexpr int32_t kBlockEntries = 2048;
 constexpr int32_t kBins = 2048;
 constexpr int64_t kNowhere = -1;
 
-// --- keys of a strip ---
+// --- vectors of keys ---
 
-struct StripCounts {
-  int32_t at_low, above, largest;
-};
+// As many lanes as an instruction takes. Taken: which of them, a bit each (portable: a lane each).
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define SFT_SELECT_AVX512
+constexpr int32_t kLanes = 16;
+#elif defined(__AVX2__)
+#define SFT_SELECT_AVX2
+constexpr int32_t kLanes = 8;
+#else
+constexpr int32_t kLanes = 4;
+#endif
+typedef int32_t Lanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint16_t Offsets __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
-// n is rounded up to a multiple of 16; the keys beyond n are kNone.
-inline StripCounts count_keys(const int32_t *__restrict key, int32_t n, int32_t low, int32_t high) {
-  int32_t at_low = 0, above = 0, largest = kNone;
-  const int32_t end = (n + 15) & ~15;
-  for (int32_t i = 0; i < end; ++i) {
-    at_low += key[i] == low;
-    above += key[i] > high;
-    largest = largest > key[i] ? largest : key[i];
-  }
-  return {at_low, above, largest};
+inline Lanes load_lanes(const int32_t *from) {
+  Lanes lanes;
+  memcpy(&lanes, from, sizeof lanes);
+  return lanes;
 }
 
-#if defined(__AVX2__) && !defined(__AVX512VBMI2__)
+// take(key, low): the lanes > low. put(taken, lanes, out): those lanes, in order, to out, where
+// there must be room for all lanes.
+#if defined(SFT_SELECT_AVX512)
+using Taken = __mmask16;
+inline Taken take(Lanes key, int32_t low) {
+  return _mm512_cmpgt_epi32_mask((__m512i)key, _mm512_set1_epi32(low));
+}
+inline bool any(Taken taken) { return taken != 0; }
+inline int32_t count(Taken taken) { return __builtin_popcount(taken); }
+// Compressed in a register: the form that stores to memory is slow on some processors.
+inline void put(Taken taken, Lanes key, int32_t *out) {
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(taken, (__m512i)key));
+}
+inline void put(Taken taken, Offsets offset, uint16_t *out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(out),
+                      _mm256_maskz_compress_epi16(taken, (__m256i)offset));
+}
+#elif defined(SFT_SELECT_AVX2)
+using Taken = int32_t;
+inline Taken take(Lanes key, int32_t low) { return _mm256_movemask_ps((__m256)(key > low)); }
+inline bool any(Taken taken) { return taken != 0; }
+inline int32_t count(Taken taken) { return __builtin_popcount(static_cast<uint32_t>(taken)); }
 // For each mask of eight lanes: the lanes that are set, in order.
 struct LaneTable {
   uint8_t lane[256][8];
@@ -70,62 +94,148 @@ struct LaneTable {
     }
   }
 };
-constexpr LaneTable kLanes;
+constexpr LaneTable kLaneTable;
+inline __m128i lanes_of(Taken taken) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(kLaneTable.lane[taken]));
+}
+inline void put(Taken taken, Lanes key, int32_t *out) {
+  const __m256i lanes = _mm256_cvtepu8_epi32(lanes_of(taken));
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(out),
+                      _mm256_permutevar8x32_epi32((__m256i)key, lanes));
+}
+inline void put(Taken taken, Offsets offset, uint16_t *out) {
+  const __m128i twice = _mm_add_epi8(lanes_of(taken), lanes_of(taken));
+  const __m128i bytes = _mm_unpacklo_epi8(twice, _mm_add_epi8(twice, _mm_set1_epi8(1)));
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm_shuffle_epi8((__m128i)offset, bytes));
+}
+#else
+using Taken = Lanes;
+inline Taken take(Lanes key, int32_t low) { return key > low; }
+inline bool any(Taken taken) {
+  uint64_t half[2];
+  memcpy(half, &taken, sizeof half);
+  return (half[0] | half[1]) != 0;
+}
+inline int32_t count(Taken taken) {
+  uint64_t half[2];
+  memcpy(half, &taken, sizeof half);
+  constexpr uint64_t kOnes = 0x100000001;
+  const uint64_t sum = (half[0] & kOnes) + (half[1] & kOnes);
+  return static_cast<int32_t>(sum + (sum >> 32));
+}
+template <class Vector, class Value>
+inline void put(Taken taken, Vector from, Value *out) {
+  if (count(taken) == kLanes) {  // a mass of ties
+    memcpy(out, &from, sizeof from);
+    return;
+  }
+  for (int32_t i = 0; i < kLanes; ++i) {
+    *out = from[i];
+    out -= taken[i];
+  }
+}
 #endif
 
-// Writes keys in (low, high] and their offsets (first + place), in order; returns how many. The
-// keys beyond n, up to a multiple of 16, are kNone. Up to kSlack values more may be overwritten.
-inline int32_t compress(const int32_t *__restrict key, int32_t n, int32_t first, int32_t low,
-                        int32_t high, int32_t *__restrict out_key,
-                        uint16_t *__restrict out_offset) {
+// The keys in (low, most], in order; returns how many. Up to kLanes more may be overwritten.
+inline int32_t keys_between(const int32_t *key, int32_t n, int32_t low, int32_t most,
+                            int32_t *__restrict out) {
+  int32_t found = 0, i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Lanes keys = load_lanes(key + i);
+    const Taken taken = take(keys, low) & ~take(keys, most);
+    if (!any(taken)) continue;
+    put(taken, keys, out + found);
+    found += count(taken);
+  }
+  for (; i < n; ++i) {
+    out[found] = key[i];
+    found += (key[i] > low) & (key[i] <= most);
+  }
+  return found;
+}
+
+// The offsets of the keys above low, in order, which end before `end`; nothing is written there.
+inline uint16_t *offsets_above(const int32_t *key, const uint16_t *offset, int32_t n, int32_t low,
+                               uint16_t *__restrict out, const uint16_t *end) {
+  int32_t i = 0;
+  for (; i + kLanes <= n && end - out >= kLanes; i += kLanes) {
+    const Taken taken = take(load_lanes(key + i), low);
+    Offsets offsets;
+    memcpy(&offsets, offset + i, sizeof offsets);
+    put(taken, offsets, out);
+    out += count(taken);
+  }
+  for (; i < n && out < end; ++i) {
+    *out = offset[i];
+    out += key[i] > low;
+  }
+  return out;
+}
+
+// Writes the keys >= low among n, a multiple of kLanes, and their offsets, of which `first` is the
+// first; load(i) gives the keys at i. Returns how many. Up to kLanes more are overwritten, the keys
+// with kNone.
+template <class Load>
+inline int32_t keys_from(const Load &load, int32_t n, int32_t first, int32_t low,
+                         int32_t *__restrict out_key, uint16_t *__restrict out_offset) {
+  Offsets offset;
+  for (int32_t i = 0; i < kLanes; ++i) offset[i] = static_cast<uint16_t>(first + i);
   int32_t found = 0;
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-  const __m512i low_v = _mm512_set1_epi32(low), high_v = _mm512_set1_epi32(high);
-  const __m256i step = _mm256_set1_epi16(16);
-  __m256i offset =
-      _mm256_add_epi16(_mm256_set1_epi16(static_cast<int16_t>(first)),
-                       _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  for (int32_t i = 0; i < n; i += 16) {
-    const __m512i k = _mm512_loadu_si512(key + i);
-    const __mmask16 take =
-        _mm512_mask_cmple_epi32_mask(_mm512_cmpgt_epi32_mask(k, low_v), k, high_v);
-    // Compressed in a register: the form that stores to memory is slow on some processors.
-    _mm512_storeu_si512(out_key + found, _mm512_maskz_compress_epi32(take, k));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out_offset + found),
-                        _mm256_maskz_compress_epi16(take, offset));
-    found += __builtin_popcount(take);
-    offset = _mm256_add_epi16(offset, step);
-  }
-#elif defined(__AVX2__)
-  const __m256i low_v = _mm256_set1_epi32(low), high_v = _mm256_set1_epi32(high);
-  for (int32_t i = 0; i < n; i += 8) {
-    const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(key + i));
-    const __m256i take_v =
-        _mm256_andnot_si256(_mm256_cmpgt_epi32(k, high_v), _mm256_cmpgt_epi32(k, low_v));
-    const int32_t take = _mm256_movemask_ps(_mm256_castsi256_ps(take_v));
-    if (take) {
-      const __m128i lane8 = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(kLanes.lane[take]));
-      const __m256i lanes = _mm256_cvtepu8_epi32(lane8);
-      const __m128i offsets =
-          _mm_add_epi16(_mm_set1_epi16(static_cast<int16_t>(first + i)), _mm_cvtepu8_epi16(lane8));
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(out_key + found),
-                          _mm256_permutevar8x32_epi32(k, lanes));
-      _mm_storeu_si128(reinterpret_cast<__m128i *>(out_offset + found), offsets);
-      found += __builtin_popcount(static_cast<unsigned>(take));
-    }
-  }
-#else
-  for (int32_t group = 0; group < n; group += 16) {
-    int32_t largest = kNone;
-    for (int32_t i = group; i < group + 16; ++i) largest = largest > key[i] ? largest : key[i];
-    if (largest <= low) continue;
-    for (int32_t i = group; i < group + 16; ++i) {
-      out_key[found] = key[i];
-      out_offset[found] = static_cast<uint16_t>(first + i);
-      found += (key[i] > low) & (key[i] <= high);
-    }
-  }
+  for (int32_t i = 0; i < n; i += kLanes, offset += kLanes) {
+    const Lanes key = load(i);
+    const Taken taken = take(key, low - 1);
+#if !defined(SFT_SELECT_AVX512)  // where it costs less to do it always
+    if (!any(taken)) continue;
 #endif
+    put(taken, key, out_key + found);
+    put(taken, offset, out_offset + found);
+    found += count(taken);
+  }
+  const Lanes none = Lanes{} + kNone;
+  memcpy(out_key + found, &none, sizeof none);
+  return found;
+}
+
+// Keys > low are stored as candidates, but for those > most, which is high or kNoLimit.
+struct Bounds {
+  int32_t low, high, most;
+};
+
+struct Tally {
+  int32_t at_low = 0, above = 0, unseen = 0;  // keys = low, > high, > most
+  int32_t largest = kNone;
+};
+
+// Counts the keys, which are >= low and followed by kLanes that are kNone, and drops those that are
+// not stored; returns how many are left.
+inline int32_t sift(int32_t *key, uint16_t *offset, int32_t n, Bounds bounds, Tally *tally) {
+  int32_t at_low = 0, above = 0, unseen = 0;
+  Lanes largest = Lanes{} + tally->largest;
+  for (int32_t i = 0; i < n; i += kLanes) {
+    const Lanes keys = load_lanes(key + i);
+    at_low += count(take(keys, bounds.low - 1) & ~take(keys, bounds.low));
+    above += count(take(keys, bounds.high));
+    unseen += count(take(keys, bounds.most));
+    largest = keys > largest ? keys : largest;
+  }
+  tally->at_low += at_low;
+  tally->above += above;
+  tally->unseen += unseen;
+  for (int32_t i = 0; i < kLanes; ++i) {
+    tally->largest = tally->largest > largest[i] ? tally->largest : largest[i];
+  }
+  if (at_low == 0 && unseen == 0) return n;
+  int32_t found = 0;
+  for (int32_t i = 0; i < n; i += kLanes) {
+    const Lanes keys = load_lanes(key + i);
+    Offsets offsets;
+    memcpy(&offsets, offset + i, sizeof offsets);
+    const Taken taken = take(keys, bounds.low) & ~take(keys, bounds.most);
+    if (!any(taken)) continue;
+    put(taken, keys, key + found);
+    put(taken, offsets, offset + found);
+    found += count(taken);
+  }
   return found;
 }
 
@@ -134,7 +244,7 @@ inline int32_t compress(const int32_t *__restrict key, int32_t n, int32_t first,
 struct Tile {
   int64_t start;   // of its candidates: block * kBlockEntries + place; while sampling: first entry
   int32_t stored;  // candidates
-  int32_t above;   // keys > H
+  int32_t unseen;  // keys > H that are not stored
   int32_t at_low;  // keys = L
   int32_t ties;    // ties at T that it takes: kAllTies, or a number less than there are
 };
@@ -142,8 +252,8 @@ struct Tile {
 constexpr int32_t kAllTies = -1;
 
 struct Block {
-  int32_t key[kBlockEntries + kSlack];
-  uint16_t offset[kBlockEntries + kSlack];
+  int32_t key[kBlockEntries];
+  uint16_t offset[kBlockEntries];
 };
 
 struct alignas(64) Writer {  // one a thread: where its next candidate goes
@@ -224,52 +334,45 @@ struct Rank {
   int64_t greater;  // keys > key
 };
 
-// The key at a rank (1 is the largest) among the keys that visit(i, use), i < n, hands to
-// use(keys, count) piece by piece; at least `rank` keys must be there. All keys lie in
-// [least, most], or else [least, most] is [0, kNoLimit] and keys that are kNone do not count.
-// Up to three passes; the first spreads the keys over the bins as far as their range allows.
+// The key at a rank (1 is the largest) among the keys in [least, most] that visit(i, use), i < n,
+// hands to use(keys, count) piece by piece; at least `rank` must be there. Up to three passes, of
+// which the first spreads the keys over the bins as far as their range allows.
 template <class Visit>
 inline Rank key_at_rank(int64_t n, int32_t threads, int64_t work, uint64_t *bins, int64_t rank,
                         int32_t least, int32_t most, const Visit &visit) {
   constexpr int32_t kDigit = 11;
   const int32_t team = team_size(n, threads, work);
-  const uint32_t base = static_cast<uint32_t>(least);
-  const uint32_t span = static_cast<uint32_t>(most) - base;
-  int32_t shift = span == 0 ? 0 : 32 - __builtin_clz(span);
-  uint32_t prefix = 0;
   int64_t greater = 0;
-  while (shift > 0) {
-    const int32_t high = shift;
-    const int32_t width = shift < kDigit ? shift : kDigit;
-    shift -= width;
-    const uint32_t mask = (1u << width) - 1;
+  while (least < most) {
+    const int32_t bits = 32 - __builtin_clz(static_cast<uint32_t>(most - least));
+    const int32_t shift = bits < kDigit ? 0 : bits - kDigit;
     memset(bins, 0, static_cast<size_t>(team) * kBins * sizeof(uint64_t));
     for_each(n, threads, work, [&](int64_t i, int32_t thread) {
       uint64_t *mine = bins + int64_t{thread} * kBins;
-      visit(i, [&](const int32_t *key, int64_t count) {
-        for (int64_t e = 0; e < count; ++e) {
-          const uint32_t value = static_cast<uint32_t>(key[e]) - base;
-          if (value >> high == prefix) ++mine[(value >> shift) & mask];
+      visit(i, [&](const int32_t *key, int32_t count) {
+        int32_t keys[kStrip + kLanes];
+        for (int32_t start = 0; start < count; start += kStrip) {
+          const int32_t some = count - start < kStrip ? count - start : kStrip;
+          const int32_t found = keys_between(key + start, some, least - 1, most, keys);
+          for (int32_t e = 0; e < found; ++e) ++mine[(keys[e] - least) >> shift];
         }
       });
     });
     for (int32_t thread = 1; thread < team; ++thread) {
-      for (uint32_t i = 0; i <= mask; ++i) bins[i] += bins[int64_t{thread} * kBins + i];
+      for (int32_t i = 0; i < kBins; ++i) bins[i] += bins[int64_t{thread} * kBins + i];
     }
-    uint32_t i = mask;
+    int32_t i = (most - least) >> shift;
     for (; i > 0 && greater + static_cast<int64_t>(bins[i]) < rank; --i) {
       greater += static_cast<int64_t>(bins[i]);
     }
-    prefix = prefix << width | i;
+    least += i << shift;
+    const int32_t width = (1 << shift) - 1;
+    if (most - least > width) most = least + width;
   }
-  return {static_cast<int32_t>(base + prefix), greater};
+  return {least, greater};
 }
 
 // --- the problem ---
-
-struct Bounds {
-  int32_t low, high;
-};
 
 template <class Source>
 struct Selection {
@@ -313,15 +416,41 @@ struct Selection {
     return from;
   }
 
-  // Calls use(keys, count, first) for the strips of a tile until it returns false.
+  // Calls use(keys, count) for the strips of a tile.
   template <class Use>
   void strips(int64_t t, const Use &use) const {
-    alignas(64) int32_t key[kStrip];
+    int32_t key[kStrip];
     int64_t excluded = first_exclusion(t);
     for (int32_t first = 0; first < length[t]; first += kStrip) {
       const int32_t count = length[t] - first < kStrip ? length[t] - first : kStrip;
       read(t, first, count, key, &excluded);
-      if (!use(key, count, first)) return;
+      use(key, count);
+    }
+  }
+
+  // Calls use(keys, offsets, count) with the keys >= low of each strip of a tile that has any,
+  // until it returns false. They may be changed; kLanes that are kNone follow them.
+  template <class Use>
+  void sweep_tile(int64_t t, int32_t low, const Use &use) const {
+    int32_t keys[kStrip + kLanes];
+    uint16_t offsets[kStrip + kLanes];
+    int64_t excluded = first_exclusion(t);
+    const int64_t last_excluded = exclude_idx ? exclude_ptr[t + 1] : 0;
+    for (int32_t first = 0; first < length[t]; first += kStrip) {
+      const int32_t count = length[t] - first < kStrip ? length[t] - first : kStrip;
+      int32_t found = 0;
+      const auto sweep = [&](const auto &load) {
+        found = keys_from(load, (count + 15) & ~15, first, low, keys, offsets);
+      };
+      const bool plain = excluded == last_excluded || exclude_idx[excluded] >= first + count;
+      if (Source::kLoads && plain && count % 16 == 0) {
+        source.with_load(t, first, sweep);
+      } else {
+        int32_t key[kStrip];
+        read(t, first, count, key, &excluded);
+        sweep([&](int32_t i) { return load_lanes(key + i); });
+      }
+      if (found && !use(keys, offsets, found)) return;
     }
   }
 
@@ -341,37 +470,25 @@ struct Selection {
     return true;
   }
 
-  // Stores the keys of a strip that lie in (L, H]; returns how many there were.
-  int32_t store(Writer *writer, const int32_t *key, int32_t count, int32_t first, Bounds bounds,
-                Tile *tile) const {
-    if (writer->full) return 0;
-    const bool any_room = writer->block != kNowhere && writer->place < kBlockEntries;
-    if (!any_room && !take_block(writer)) return 0;
-    if (!tile->stored) tile->start = place(writer->block, writer->place);
-    Block *block = &ws.blocks[writer->block];
-    if (kBlockEntries - writer->place >= count) {
-      const int32_t found = compress(key, count, first, bounds.low, bounds.high,
-                                     block->key + writer->place, block->offset + writer->place);
-      writer->place += found;
-      ws.used[writer->block] = static_cast<int32_t>(writer->place);
-      return found;
-    }
-    int32_t keys[kStrip + kSlack];
-    uint16_t offsets[kStrip + kSlack];
-    const int32_t found = compress(key, count, first, bounds.low, bounds.high, keys, offsets);
-    for (int32_t done = 0; done < found;) {
-      if (writer->place == kBlockEntries && !take_block(writer)) return done;
-      block = &ws.blocks[writer->block];
+  // Adds candidates of a tile; false where there is no room.
+  bool store(Writer *writer, const int32_t *key, const uint16_t *offset, int32_t count,
+             Tile *tile) const {
+    for (int32_t done = 0; done < count;) {
+      const bool any_room = writer->block != kNowhere && writer->place < kBlockEntries;
+      if (writer->full || (!any_room && !take_block(writer))) return false;
+      if (!tile->stored) tile->start = place(writer->block, writer->place);
+      Block *block = &ws.blocks[writer->block];
       const int64_t room = kBlockEntries - writer->place;
-      const int32_t some = found - done < room ? found - done : static_cast<int32_t>(room);
-      memcpy(block->key + writer->place, keys + done, static_cast<size_t>(some) * sizeof(int32_t));
-      memcpy(block->offset + writer->place, offsets + done,
-             static_cast<size_t>(some) * sizeof(uint16_t));
+      const int32_t some = count - done < room ? count - done : static_cast<int32_t>(room);
+      memcpy(block->key + writer->place, key + done, static_cast<size_t>(some) * sizeof *key);
+      memcpy(block->offset + writer->place, offset + done,
+             static_cast<size_t>(some) * sizeof *offset);
       writer->place += some;
       ws.used[writer->block] = static_cast<int32_t>(writer->place);
+      tile->stored += some;
       done += some;
     }
-    return found;
+    return true;
   }
 
   struct Swept {
@@ -385,31 +502,31 @@ struct Selection {
     ws.header->blocks_used = 0;
     ws.header->low = bounds.low;
     for (int32_t i = 0; i < threads; ++i) ws.writers[i] = {kNowhere, 0, false};
-    int64_t bad_tile = n, least_negated = -int64_t{kNone};
+    int64_t bad_tile = n, least_negated = -int64_t{kNone}, above = 0;
     for_each(n, threads, total, [&](int64_t t, int32_t thread) {
       Tile tile = {0, 0, 0, 0, 0};
-      Writer *writer = &ws.writers[thread];
-      int32_t largest = kNone;
-      strips(t, [&](const int32_t *key, int32_t count, int32_t first) {
-        const StripCounts counts = count_keys(key, count, bounds.low, bounds.high);
-        tile.at_low += counts.at_low;
-        tile.above += counts.above;
-        largest = largest > counts.largest ? largest : counts.largest;
-        if (counts.largest > bounds.low && bounds.high > bounds.low) {
-          tile.stored += store(writer, key, count, first, bounds, &tile);
-        }
+      Tally tally;
+      sweep_tile(t, bounds.low, [&](int32_t *key, uint16_t *offset, int32_t count) {
+        count = sift(key, offset, count, bounds, &tally);
+        store(&ws.writers[thread], key, offset, count, &tile);
         return true;
       });
+      tile.at_low = tally.at_low;
+      tile.unseen = tally.unseen;
+      if (tally.above) add_atomically(&above, tally.above);
+      const int32_t largest = tally.largest;
       ws.tiles[t] = tile;
       lower_atomically(&least_negated, -int64_t{largest});
       if (Source::kMayBeInfinite && largest >= kInfinity) lower_atomically(&bad_tile, t);
     });
-    Swept swept = {
-        0,       0, 0, ws.header->blocks_used > ws.n_blocks, static_cast<int32_t>(-least_negated),
-        bad_tile};
+    Swept swept = {0,
+                   above,
+                   0,
+                   ws.header->blocks_used > ws.n_blocks,
+                   static_cast<int32_t>(-least_negated),
+                   bad_tile};
     for (int64_t t = 0; t < n; ++t) {
       swept.stored += ws.tiles[t].stored;
-      swept.above += ws.tiles[t].above;
       swept.at_low += ws.tiles[t].at_low;
     }
     return swept;
@@ -437,12 +554,7 @@ struct Selection {
 
   Rank exact_at_rank(int64_t rank) const {
     return key_at_rank(n, threads, total, ws.bins, rank, 0, kNoLimit,
-                       [&](int64_t t, const auto &use) {
-                         strips(t, [&](const int32_t *key, int32_t count, int32_t) {
-                           use(key, count);
-                           return true;
-                         });
-                       });
+                       [&](int64_t t, const auto &use) { strips(t, use); });
   }
 
   int32_t finish(int32_t status, int64_t *info) const {
@@ -462,12 +574,14 @@ struct Selection {
     if (k == 0 && !Source::kMayBeInfinite) return SFT_OK;
 
     const int64_t room = capacity(n, k);
-    Bounds bounds = {-1, kNoLimit};
+    Bounds bounds = {-1, kNoLimit, kNoLimit};
     if (k == 0) {
-      bounds.low = kNoLimit;
+      bounds.low = kInfinity;
     } else if (total > room) {
       bounds = source.bounds(*this, room);
     }
+    // Whatever is not finite must be seen.
+    if (Source::kMayBeInfinite && bounds.low > kInfinity) bounds.low = kInfinity;
     Swept swept = sweep(bounds);
     if (swept.bad_tile < n) {
       info[5] = swept.bad_tile;
@@ -475,27 +589,32 @@ struct Selection {
     }
     if (k == 0) return SFT_OK;
 
-    int64_t wanted = k - swept.above;  // the rank of T among the candidates
+    // The rank of T among the keys <= H, and how many of those are stored.
+    const bool all_stored = bounds.most > bounds.high;
+    const int64_t rank = k - swept.above;
+    const int64_t stored = swept.stored - (all_stored ? swept.above : 0);
     int32_t threshold;
-    if (swept.full || wanted < 1 || wanted > swept.stored + swept.at_low) {
+    if (swept.full || (rank < 1 && !all_stored) || rank > stored + swept.at_low) {
       info[6] = 1;
       const Rank exact = exact_at_rank(k);
       threshold = exact.key;
-      bounds = {threshold, exact.greater <= room ? kNoLimit : threshold};
+      const int32_t most = exact.greater <= room ? kNoLimit : threshold;
+      bounds = {threshold, most, most};
       swept = sweep(bounds);
-    } else if (wanted > swept.stored) {
+    } else if (rank < 1) {
+      threshold = candidate_at_rank(k, swept.stored, bounds.high + 1, swept.largest).key;
+    } else if (rank > stored) {
       threshold = bounds.low;
     } else {
-      threshold = candidate_at_rank(wanted, swept.stored, bounds.low + 1,
-                                    swept.largest < bounds.high ? swept.largest : bounds.high)
-                      .key;
+      const int32_t most = swept.largest < bounds.high ? swept.largest : bounds.high;
+      threshold = candidate_at_rank(rank, swept.stored, bounds.low + 1, most).key;
     }
     ws.header->threshold = threshold;
 
     // Per tile, entries > T (kept in ptr for the moment) and = T.
     for_each(n, threads, swept.stored, [&](int64_t t, int32_t) {
       Tile *tile = &ws.tiles[t];
-      int64_t greater = tile->above;
+      int64_t greater = tile->unseen;
       int32_t equal = 0;
       if (threshold == bounds.low) {
         greater += tile->stored;
@@ -545,10 +664,16 @@ struct Selection {
       uint16_t *const end = idx + ptr[t + 1];
       if (out == end) return;
       const Tile &tile = ws.tiles[t];
-      const bool some_ties = tile.ties != 0;
-      int32_t ties_left = tile.ties == kAllTies ? SFT_TILE : tile.ties;
+      // All ties or none: the offsets of the keys above a bound.
+      const bool simple = tile.ties == 0 || tile.ties == kAllTies;
+      const int32_t low = tile.ties == 0 ? threshold : threshold - 1;
+      int32_t ties_left = tile.ties;
       // Nothing is written at `end`, where the next tile begins.
       const auto pick = [&](const int32_t *key, const uint16_t *offset, int32_t count) {
+        if (simple) {
+          out = offsets_above(key, offset, count, low, out, end);
+          return out < end;
+        }
         for (int32_t i = 0; i < count && out < end; ++i) {
           const bool tied = (key[i] == threshold) & (ties_left > 0);
           *out = offset[i];
@@ -557,20 +682,11 @@ struct Selection {
         }
         return out < end;
       };
-      if (tile.above == 0 && (threshold > ws.header->low || !some_ties)) {
+      if (tile.unseen == 0 && (threshold > ws.header->low || tile.ties == 0)) {
         candidates(t, pick);
         return;
       }
-      const int32_t low = some_ties ? threshold - 1 : threshold;
-      strips(t, [&](const int32_t *key, int32_t count, int32_t first) {
-        int32_t keys[kStrip + kSlack];
-        uint16_t offsets[kStrip + kSlack];
-        const int32_t found = compress(key, count, first, low, kNoLimit, keys, offsets);
-        if (some_ties && tile.ties != kAllTies) return pick(keys, offsets, found);
-        memcpy(out, offsets, static_cast<size_t>(found) * sizeof(uint16_t));
-        out += found;
-        return out < end;
-      });
+      sweep_tile(t, low + 1, pick);
     });
     return SFT_OK;
   }

@@ -14,6 +14,11 @@ namespace {
 
 struct Hashes {
   static constexpr bool kMayBeInfinite = false;
+#if defined(SFT_SELECT_AVX512)
+  static constexpr bool kLoads = true;
+#else
+  static constexpr bool kLoads = false;
+#endif
 
   uint64_t seed;
 
@@ -26,6 +31,32 @@ struct Hashes {
     }
   }
 
+  template <class Use>
+  void with_load(int64_t t, int32_t first, const Use &use) const {
+#if defined(SFT_SELECT_AVX512)
+    const uint64_t position =
+        static_cast<uint64_t>(t) * SFT_TILE + static_cast<uint64_t>(first) + 1;
+    const uint64_t start = seed * kPayload + position * kPosition;
+    typedef uint64_t Words __attribute__((vector_size(64)));
+    Words step;
+    for (uint64_t i = 0; i < 8; ++i) step[i] = i * kPosition;
+    use([step, start](int32_t i) {
+      Words z[2];
+      for (uint64_t half = 0; half < 2; ++half) {
+        Words x = step + (start + (static_cast<uint64_t>(i) + 8 * half) * kPosition);
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+        z[half] = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+      }
+      const __m512i odd =
+          _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+      typedef uint32_t Unsigned __attribute__((vector_size(64)));
+      return (Lanes)((Unsigned)_mm512_permutex2var_epi32((__m512i)z[0], odd, (__m512i)z[1]) >> 1);
+    });
+#else
+    (void)t, (void)first, (void)use;
+#endif
+  }
+
   // Six standard errors on either side of the quantile.
   Bounds bounds(const Selection<Hashes> &s, int64_t room) const {
     const double k = static_cast<double>(s.k), eligible = static_cast<double>(s.eligible);
@@ -34,10 +65,9 @@ struct Hashes {
       const double key = floor((1 - rank / eligible) * 2147483648.0) - 1;
       return key < -1 ? -1 : key > kNoLimit ? kNoLimit : static_cast<int32_t>(key);
     };
-    Bounds bounds = {key_above(k + margin), kNoLimit};
     const bool many = s.k > s.total / 5 || k + margin > 0.9 * static_cast<double>(room);
-    if (many) bounds.high = key_above(k - margin);
-    return bounds;
+    const int32_t high = key_above(k - margin);
+    return {key_above(k + margin), high, many ? high : kNoLimit};
   }
 };
 

@@ -12,8 +12,40 @@
 namespace sft::SFT_ISA {
 namespace {
 
+// kLanes values as binary32.
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline Floats load_floats(F32, const float *from) {
+  Floats x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Floats load_floats(BF16, const uint16_t *from) {
+  Offsets half;
+  memcpy(&half, from, sizeof half);
+#if defined(SFT_SELECT_AVX512)  // GCC widens in pieces
+  const Lanes wide = (Lanes)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)half);
+#else
+  const Lanes wide = __builtin_convertvector(half, Lanes);
+#endif
+  return (Floats)(wide << 16);
+}
+
+inline Floats load_floats(F16, const uint16_t *from) {
+#if defined(SFT_SELECT_AVX512)
+  return (Floats)_mm512_maskz_cvtph_ps(0xFFFF,
+                                       _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+#else
+  Floats x;
+  for (int32_t i = 0; i < kLanes; ++i) x[i] = f32_of_f16(from[i]);
+  return x;
+#endif
+}
+
 struct Magnitudes {
   static constexpr bool kMayBeInfinite = true;
+  static constexpr bool kLoads = true;
 
   const sft_tiles *a;
   const sft_tiles *b;
@@ -26,21 +58,28 @@ struct Magnitudes {
       return;
     }
     const float *y = as_floats(b->dtype[t], address<F32>(b->base[t]), first, n, b_buffer);
-    int32_t i = 0;
-#if defined(__AVX2__)
-    // Straight from memory, and 256 bits at a time even where 512 could be had: on Zen 4 these
-    // loads keep the prefetcher busier, and the sweep takes a fifth less time.
-    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
-    for (; i + 16 <= n; i += 16) {
-      const __m256 d0 = _mm256_sub_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i));
-      const __m256 d1 = _mm256_sub_ps(_mm256_loadu_ps(x + i + 8), _mm256_loadu_ps(y + i + 8));
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(key + i),
-                          _mm256_castps_si256(_mm256_and_ps(d0, magnitude)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(key + i + 8),
-                          _mm256_castps_si256(_mm256_and_ps(d1, magnitude)));
-    }
-#endif
-    for (; i < n; ++i) key[i] = static_cast<int32_t>(bits_of(x[i] - y[i]) & 0x7FFFFFFF);
+    for (int32_t i = 0; i < n; ++i)
+      key[i] = static_cast<int32_t>(bits_of(x[i] - y[i]) & 0x7FFFFFFF);
+  }
+
+  // Calls use(load), where load(i) gives the keys from first + i on.
+  template <class Use>
+  void with_load(int64_t t, int32_t first, const Use &use) const {
+    with_dtype(a->dtype[t], [&](auto type_a) {
+      using A = decltype(type_a);
+      const typename A::Raw *x = address<A>(a->base[t]) + first;
+      if (!b) {
+        use([x](int32_t i) { return (Lanes)load_floats(A(), x + i) & 0x7FFFFFFF; });
+        return;
+      }
+      with_dtype(b->dtype[t], [&](auto type_b) {
+        using B = decltype(type_b);
+        const typename B::Raw *y = address<B>(b->base[t]) + first;
+        use([x, y](int32_t i) {
+          return (Lanes)(load_floats(A(), x + i) - load_floats(B(), y + i)) & 0x7FFFFFFF;
+        });
+      });
+    });
   }
 
   void prefetch_run(int64_t t, int64_t first) const {
@@ -110,7 +149,8 @@ struct Sample {
     return key_at_rank((n + kPiece - 1) / kPiece, s.threads, n, s.ws.bins, rank, 0, kNoLimit,
                        [&](int64_t i, const auto &use) {
                          const int64_t left = n - i * kPiece;
-                         use(keys + i * kPiece, left < kPiece ? left : kPiece);
+                         use(keys + i * kPiece,
+                             static_cast<int32_t>(left < kPiece ? left : kPiece));
                        })
         .key;
   }
@@ -136,7 +176,7 @@ Bounds Magnitudes::bounds(const Selection<Magnitudes> &s, int64_t room) const {
   const Sample sample(s);
   double error = 0;
   const int64_t there = sample.count(0, &error);
-  if (there == 0) return {-1, kNoLimit};
+  if (there == 0) return {-1, kNoLimit, kNoLimit};
   const double share = static_cast<double>(sample.sampled) / static_cast<double>(s.total);
   const double rank = static_cast<double>(s.k) * share;
   int64_t nearest = static_cast<int64_t>(rank) + 1;
@@ -145,11 +185,11 @@ Bounds Magnitudes::bounds(const Selection<Magnitudes> &s, int64_t room) const {
   const double margin = 4 * error + 8;
 
   const int64_t low_rank = static_cast<int64_t>(rank + margin);
-  Bounds bounds = {low_rank < there ? sample.at_rank(s, low_rank) : -1, kNoLimit};
-  const bool many = s.k > s.total / 5 || (rank + margin) / share > 0.9 * static_cast<double>(room);
   const int64_t high_rank = static_cast<int64_t>(rank - margin);
-  if (many && high_rank >= 1) bounds.high = sample.at_rank(s, high_rank);
-  return bounds;
+  const int32_t low = low_rank < there ? sample.at_rank(s, low_rank) : -1;
+  const int32_t high = high_rank >= 1 ? sample.at_rank(s, high_rank) : kNoLimit;
+  const bool many = s.k > s.total / 5 || (rank + margin) / share > 0.9 * static_cast<double>(room);
+  return {low, high, many ? high : kNoLimit};
 }
 
 using TopK = Selection<Magnitudes>;
