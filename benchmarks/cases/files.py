@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -19,27 +19,25 @@ from ..case import Case, Job, Provider, Setting, Target, case
 from ..shapes import shapes_of
 
 
+def entries(delta: sf.SparseDelta) -> Iterator[tuple[str, tuple[int, ...], Tensor, Tensor]]:
+    """Name, shape, flat positions and values of each tensor, also of those without entries."""
+    for name, shape in zip(delta.layout.names, delta.layout.shapes, strict=True):
+        yield name, shape, delta.indices(name), delta.values(name)
+
+
 def write_legacy(delta: sf.SparseDelta, path: Path) -> None:
     """`pytorch_diff.bin` as composable-sft publishes it: gaps between column-major positions."""
     differences = {}
-    for name, flat, values in delta:
-        shape = delta.layout.shapes[delta.layout.ordinal(name)]
-        place, stride = torch.zeros_like(flat), 1
-        rest = flat
-        row_major = []
-        for size in reversed(shape):
-            row_major.append(rest % size)
-            rest = rest // size
-        # The first dimension varies fastest.
-        for at, size in zip(reversed(row_major), shape, strict=True):
-            place += at * stride
-            stride *= size
-        place, order = place.sort()
-        steps = torch.diff(place, prepend=place.new_zeros(1)).tolist()
+    for name, shape, flat, values in entries(delta):
+        at = np.unravel_index(flat.numpy(), shape)
+        place = np.ravel_multi_index(at, shape, order="F")
+        order = np.argsort(place)
+        place = place[order]
         differences[name] = {
             "size": torch.Size(shape),
-            "index_steps": steps,
-            "values": values[order].clone(),
+            # The published files hold a numpy number first, then Python's.
+            "index_steps": [*place[:1], *np.diff(place).tolist()],
+            "values": values[torch.from_numpy(order)],
         }
     torch.save({"diffs": differences, "abs": {}}, path)
 
@@ -64,7 +62,7 @@ def read_legacy(path: Path) -> dict[str, Tensor]:
 def write_coo(delta: sf.SparseDelta, path: Path) -> None:
     """64-bit positions and values of each parameter, as generic tools keep them."""
     tensors = {}
-    for name, flat, values in delta:
+    for name, _, flat, values in entries(delta):
         tensors[f"{name}.indices"] = flat.clone()
         tensors[f"{name}.values"] = values.clone()
     safetensors.torch.save_file(tensors, path)
@@ -99,12 +97,12 @@ def load(setting: Setting) -> Case:
     delta.save(files["sft"])
 
     def verify() -> None:
-        assert folder.name
+        assert folder.name  # which keeps the files for as long as the case lives
         assert sf.SparseDelta.load(files["sft"]) == delta
 
     @cache
     def wanted() -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: (flat, values) for name, flat, values in delta}
+        return {name: (flat, values) for name, _, flat, values in entries(delta)}
 
     def check(found: dict[str, Tensor]) -> None:
         for name, (flat, values) in wanted().items():
