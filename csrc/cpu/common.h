@@ -14,6 +14,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -69,6 +72,12 @@ template <class Body>
 inline void for_each(int64_t n, int32_t threads, int64_t work, const Body &body) {
   const int32_t team = team_size(n, threads, work);
   (void)team;
+  // Several neighbours at a time: threads that write next to each other make each other wait, more
+  // than the lines at the seams explain (the hardware fetches beyond them; merge takes 1.8 times as
+  // long). At least 16 chunks a thread, so that uneven work evens out.
+  int64_t chunk = n / (int64_t{16} * team);
+  chunk = chunk < 1 ? 1 : chunk > 16 ? 16 : chunk;
+  (void)chunk;
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(team) if (team > 1)
 #endif
@@ -76,7 +85,7 @@ inline void for_each(int64_t n, int32_t threads, int64_t work, const Body &body)
     const IeeeMode ieee;
 #if defined(_OPENMP)
     const int32_t thread = team > 1 ? omp_get_thread_num() : 0;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
 #else
     const int32_t thread = 0;
 #endif
@@ -102,6 +111,21 @@ inline void prefetch(const void *address) {
   __builtin_prefetch(address, 0, 2);
   // GCC takes a function that does nothing but prefetch for one without effect, and drops its calls.
   asm volatile("" : :);
+}
+
+// Asks for huge pages for an output that is about to be written, as numpy does for its arrays: fresh
+// memory that comes in small pages can take longer to get than to fill. A hint, and Linux's only.
+inline void prefer_huge_pages(void *memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kLarge = 4 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (begin + kLarge <= end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
 }
 
 // --- numbers ---
