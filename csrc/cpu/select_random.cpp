@@ -4,7 +4,6 @@
 // key(t, i) = mix(seed * kPayload + (t * 65536 + i + 1) * kPosition) >> 33
 //
 // Moves: nothing but the candidates and 2 bytes of idx an entry.
-#include "huge_pages.h"
 #include "mix.h"
 #include "select.h"
 
@@ -86,7 +85,7 @@ int32_t select_random_find(const int32_t *length, int64_t n_tiles, int64_t k, ui
   if (status != SFT_OK) return status;
   Random selection = {{seed}, length, n_tiles, k, exclude_idx, exclude_ptr, threads};
   selection.ws = lay_out(workspace, n_tiles, k, threads);
-  expect_writes(workspace, workspace_bytes);
+  prefer_huge_pages(workspace, workspace_bytes);
   return selection.find(false, ptr, info);
 }
 
@@ -102,7 +101,7 @@ int32_t select_random_emit(const int32_t *length, int64_t n_tiles, int64_t k, ui
   if (!idx) return SFT_BAD_ARGUMENT;
   Random selection = {{seed}, length, n_tiles, k, exclude_idx, exclude_ptr, threads};
   selection.ws = lay_out(workspace, n_tiles, k, threads);
-  expect_writes(idx, 2 * ptr[n_tiles]);
+  prefer_huge_pages(idx, 2 * ptr[n_tiles]);
   return selection.emit(ptr, idx);
 }
 

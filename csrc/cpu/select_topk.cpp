@@ -4,7 +4,6 @@
 //
 // Moves: a and b once (up to five times in the fallback); 6 bytes a candidate, about 1.2 k of them,
 // a few times in cache; 2 bytes of idx an entry.
-#include "huge_pages.h"
 #include "mix.h"
 #include "select.h"
 
@@ -223,7 +222,7 @@ int32_t select_topk_find(const sft_tiles *a, const sft_tiles *b, int64_t k,
   if (status != SFT_OK) return status;
   TopK selection = {{a, b}, a->length, a->n, k, exclude_idx, exclude_ptr, threads};
   selection.ws = lay_out(workspace, a->n, k, threads);
-  expect_writes(workspace, workspace_bytes);
+  prefer_huge_pages(workspace, workspace_bytes);
   return selection.find(tie == SFT_TIE_ALL, ptr, info);
 }
 
@@ -240,7 +239,7 @@ int32_t select_topk_emit(const sft_tiles *a, const sft_tiles *b, int64_t k,
   if (!idx) return SFT_BAD_ARGUMENT;
   TopK selection = {{a, b}, a->length, a->n, k, exclude_idx, exclude_ptr, threads};
   selection.ws = lay_out(workspace, a->n, k, threads);
-  expect_writes(idx, 2 * ptr[a->n]);
+  prefer_huge_pages(idx, 2 * ptr[a->n]);
   return selection.emit(ptr, idx);
 }
 
