@@ -82,6 +82,7 @@ class Provider:
             says so, where there is not so much.
         state_bytes: What it keeps between two runs, such as an optimizer's moments; None: nothing.
         captured: It never waits for the device, so that a CUDA graph can replay it.
+        whole: It does the whole job; not a part of it, nor one that leaves something out.
     """
 
     build: Callable[[], Job]
@@ -90,6 +91,7 @@ class Provider:
     extra_bytes: float = 0
     state_bytes: int | None = None
     captured: bool = False
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Case:
         yardstick: "copy" or "read": the bandwidth that gives the floor.
         targets: What is to be reached in this setting.
         note: What the reader must know of the case beside the setting.
+        has_floor: Whether moving bytes is what the job consists of.
     """
 
     op: str
@@ -139,6 +142,7 @@ class Case:
     yardstick: str = "copy"
     targets: tuple[Target, ...] = ()
     note: str = ""
+    has_floor: bool = True
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class Recipe:
         input_bytes: Memory of its inputs and of our way, estimated.
         cpu_only: It measures what has no device, such as the reading of files.
         uses_density: Whether the density changes anything.
+        shapes: The models that it can be measured on; empty: all.
     """
 
     make: Callable[[Setting], Case]
@@ -158,6 +163,7 @@ class Recipe:
     input_bytes: Callable[[Setting], float]
     cpu_only: bool = False
     uses_density: bool = True
+    shapes: tuple[str, ...] = ()
 
     def setting(self, setting: Setting) -> Setting:
         """The setting without what makes no difference to the case."""
@@ -172,11 +178,12 @@ def case(
     input_bytes: Callable[[Setting], float],
     cpu_only: bool = False,
     uses_density: bool = True,
+    shapes: tuple[str, ...] = (),
 ) -> Callable[[Callable[[Setting], Case]], Callable[[Setting], Case]]:
     """Registers a function from a setting to a case under its name; see Recipe."""
 
     def register(make: Callable[[Setting], Case]) -> Callable[[Setting], Case]:
-        RECIPES[make.__name__] = Recipe(make, ops, input_bytes, cpu_only, uses_density)
+        RECIPES[make.__name__] = Recipe(make, ops, input_bytes, cpu_only, uses_density, shapes)
         return make
 
     return register

@@ -41,7 +41,8 @@ class Clock(Protocol):
         """Memory that can still be had."""
 
     def replay(self, job: Job) -> Job:
-        """A job that repeats what a job does on the device, without the host's work.
+        """A job that repeats what a job does on the device, without the host's work, and returns
+        the same tensors, with new content.
 
         Raises:
             RuntimeError: It cannot be captured.
@@ -164,10 +165,13 @@ class CudaClock:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            job()
-        graph.replay()
-        torch.cuda.synchronize()
-        return graph.replay
+            result = job()
+
+        def replayed() -> object:
+            graph.replay()
+            return result
+
+        return replayed
 
 
 def clock_of(device: str) -> Clock:

@@ -149,10 +149,14 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def surplus(setting: Setting, at: list[Tensor]) -> int:
-    """Bytes of memory lines that a support touches beyond those of a uniform one (often fewer)."""
+def surplus(setting: Setting, *at: list[Tensor]) -> int:
+    """Bytes of memory lines that supports touch together beyond those of uniform ones (often
+    fewer).
+    """
     if setting.support == "uniform":
         return 0
     line = 32 if setting.device == "cuda" else 64
-    touched = sum(len((where // (line // setting.width)).unique_consecutive()) for where in at)
-    return touched * line - touched_bytes(setting.numel, setting.nnz, setting.width, line)
+    values = line // setting.width
+    touched = sum(len((torch.cat(places) // values).unique()) for places in zip(*at, strict=True))
+    uniform = touched_bytes(setting.numel, len(at) * setting.nnz, setting.width, line)
+    return touched * line - uniform

@@ -17,7 +17,6 @@ FIT_NUMEL = 10_000_000
 # What the study of N is made at.
 DENSITY = 0.028
 # Parts of a job, or less than the job: never "the fastest alternative".
-NOT_THE_JOB = ("fused AdamW, unmasked", "forward and backward alone")
 
 Line = dict[str, Any]
 
@@ -69,7 +68,8 @@ def peers(line: Line) -> list[str]:
 
 def fastest_peer(line: Line) -> str | None:
     """The fastest peer that does the whole job."""
-    return next((name for name in peers(line) if name not in NOT_THE_JOB), None)
+    whole = (name for name in peers(line) if line["providers"][name].get("whole", True))
+    return next(whole, None)
 
 
 def best_seconds(line: Line) -> float:

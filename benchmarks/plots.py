@@ -170,6 +170,7 @@ def speedup(lines: Sequence[Line]) -> Figure:
 
 def bandwidth(lines: Sequence[Line]) -> Figure:
     """Bars: bytes of the model of each op by its time, beside the yardsticks of its rounds."""
+    lines = [line for line in lines if line["floor"]]
     figure = Figure(figsize=(8.5, 0.24 * len(lines) + 1.4), layout="constrained")
     axes = figure.subplots()
     for at, line in enumerate(lines):

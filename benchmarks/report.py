@@ -4,7 +4,6 @@ lines; with `--check` it only says whether they are what those lines give."""
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -106,8 +105,8 @@ all of them take turns in one process, each run with cold caches, and so do two 
 from one array to another, and a read of two. The speed of memory on shared machines drifts by a
 factor of two within minutes: ratios within a case stand, times of different cases do not compare.
 
-**Columns.** *ms*: median. *20–80 %*: what three of five runs lie within. *GB/s*: the least bytes
-that the job must move, by the time. *of the floor*: the floor, which is the time to move those
+**Columns.** *ms*: median. *20–80 %*: the spread (of three to five rounds, all of it). *GB/s*: the
+least bytes that the job must move, by the time. *of the floor*: the floor, which is the time to move those
 bytes as fast as the yardstick does, by the time; above 100 % the yardstick was slower than the op,
 or caches helped. *extra MB*: peak of memory beyond the inputs, for preparing and one run. *state
 MB*: what is kept from run to run. *ours is faster by*: time of the peer by ours.
@@ -142,6 +141,11 @@ def megabytes(count: float) -> str:
     if mb < 0.1:
         return "< 0.1"
     return f"{mb:,.{0 if mb >= 10 else 1}f}"
+
+
+def of_floor(line: Line, seconds: float) -> str:
+    """The floor as a share of a time, where moving bytes is what the job consists of."""
+    return f"{100 * line['floor'] / seconds:.0f} %" if line["floor"] else ""
 
 
 def share(density: float) -> str:
@@ -204,7 +208,7 @@ def speed_table(lines: Sequence[Line]) -> str:
             [
                 title(line),
                 milliseconds(timed(line)[ours(line)]),
-                f"{line['floor'] / best_seconds(line):.0%}".replace("%", " %"),
+                of_floor(line, best_seconds(line)),
                 _beside(line, fastest),
                 "the same" if published and published == fastest else _beside(line, published),
             ]
@@ -330,7 +334,7 @@ def _case_table(line: Line) -> str:
             milliseconds(m["median"]),
             f"{milliseconds(m['p20'])}–{milliseconds(m['p80'])}",
             f"{line['bytes_moved'] / best / 1e9:,.1f}",
-            f"{100 * line['floor'] / best:.0f} %",
+            of_floor(line, best),
             megabytes(m["peak_extra_bytes"]) if "peak_extra_bytes" in m else "",
             megabytes(m["state_bytes"]) if "state_bytes" in m else "",
             "" if name == order[0] else ratio(m["median"] / mine),
@@ -362,15 +366,16 @@ def _case(line: Line) -> str:
     parts = [model_name(line["shape"]), line["dtype"]]
     if line["density"] < 1:
         parts[1:1] = [share(line["density"]), line["support"]]
-    rates = line["bandwidth"]
-    text = (
-        f"{line['bytes_moved'] / 1e6:,.0f} MB to move, in {milliseconds(line['floor'])} ms at the "
-        f"{rates[line['yardstick']] / 1e9:,.1f} GB/s of a {line['yardstick']} "
-        f"(in these rounds: {', '.join(f'{n} {rate / 1e9:,.1f}' for n, rate in rates.items())}); "
-        f"{line['numel']:,} parameters"
-        + (f", {line['nnz']:,} selected" if line["density"] < 1 else "")
-        + f"; commit {line['commit']}, {line['date']}."
-    )
+    rates = ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in line["bandwidth"].items())
+    text = f"{line['numel']:,} parameters"
+    if line["density"] < 1:
+        text += f", {line['nnz']:,} selected"
+    if line["floor"]:
+        text += (
+            f"; {line['bytes_moved'] / 1e6:,.0f} MB to move, in {milliseconds(line['floor'])} ms "
+            f"at the speed of a {line['yardstick']} (GB/s in these rounds: {rates})"
+        )
+    text += f"; commit {line['commit']}, {line['date']}."
     if line["note"]:
         text += f" Note: {line['note']}."
     out = [f"#### {', '.join(parts)}", text, _case_table(line)]
@@ -518,31 +523,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, plot in wanted.items():
         plot.save(IMAGES / name)
     return 0
-
-
-# To go with the last line of schema 1 and tests/test_benchmarks.py, which holds README to them.
-RESULTS = ROOT / "benchmarks" / "results" / "cpu-epyc-zen4-2threads.jsonl"
-TITLES_1 = {
-    "select_topk": "Select the 1 % most changed of 100M parameters",
-    "masked_adamw": "One AdamW step of 2.8 % of XLM-R base",
-    "compose": "Put a 2.8 % fine-tuning on XLM-R base, with undo",
-    "restore": "Take it off again, exact to the bit",
-}
-
-
-def table(text: str) -> str:
-    """README's table of lines of schema 1."""
-    rows = []
-    for record in map(json.loads, text.splitlines()):
-        seconds = timed(record)
-        mine = seconds.pop(ours(record))
-        start = [TITLES_1[record["case"]], f"{mine * 1e3:.0f} ms"]
-        for peer in sorted(seconds, key=seconds.__getitem__):
-            times = f"{seconds[peer] / mine:.1f}×"
-            rows.append([*start, peer, f"{seconds[peer] * 1e3:,.0f} ms", times])
-            start = ["", ""]
-    head = ["job (fp32)", ">sparse_ft", "compared with", ">", ">ratio"]
-    return markdown(head, rows).replace("|  | ratio", "| | ratio")
 
 
 if __name__ == "__main__":

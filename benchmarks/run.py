@@ -36,9 +36,10 @@ from .case import DTYPES, LARGE, RECIPES, SUPPORTS, Case, Job, Setting, Target
 from .clocks import Clock
 from .shapes import MODELS
 
-# Seconds that one provider may take in a case before it sits out further rounds; three it gets.
+# Seconds that the rounds of one provider may take in a case; three rounds it gets anyhow.
 PROVIDER_SECONDS = 2.0
 LEAST_ROUNDS = 3
+SCHEMA = 2
 
 Plan = list[tuple[str, Setting]]
 
@@ -135,6 +136,8 @@ def _prepare(case: Case, clock: Clock) -> tuple[dict[str, Job], dict[str, dict[s
         out[name] = {"source": provider.source} if provider.source else {}
         if provider.state_bytes is not None:
             out[name]["state_bytes"] = provider.state_bytes
+        if not provider.whole:
+            out[name]["whole"] = False
         if provider.extra_bytes > (free := clock.free_bytes()):
             out[name]["skipped"] = (
                 f"needs about {provider.extra_bytes / 1e9:.1f} GB more, {free / 1e9:.1f} are free"
@@ -158,6 +161,41 @@ def _prepare(case: Case, clock: Clock) -> tuple[dict[str, Job], dict[str, dict[s
         jobs[name] = job
         del result
     return jobs, out
+
+
+def _replays(
+    case: Case, jobs: dict[str, Job], out: dict[str, dict[str, Any]], clock: Clock
+) -> dict[str, Job]:
+    """Captures what can be captured; a replay must give the right result as well."""
+    for job in jobs.values():
+        case.reset()
+        job()  # whatever the first call compiled, the second has at hand
+    torch.cuda.empty_cache()
+    replays = {}
+    for name, job in jobs.items():
+        provider = case.providers[name]
+        if not provider.captured:
+            continue
+        try:
+            case.reset()
+            replay = clock.replay(job)
+            case.reset()
+            result = replay()
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            out[name]["graph_error"] = str(error).splitlines()[0][:200]
+            print(f"  {name} was not captured: {error}", flush=True)
+            continue
+        if provider.check:
+            provider.check(result)
+        replays[name] = replay
+    return replays
+
+
+def _turns(seconds: float, repeats: int) -> set[int]:
+    """The rounds that a provider takes part in: all, or if it is slow some, evenly spread."""
+    count = min(repeats, max(LEAST_ROUNDS, int(PROVIDER_SECONDS / max(seconds, 1e-9))))
+    return {round(i * (repeats - 1) / max(1, count - 1)) for i in range(count)}
 
 
 def _failed(case: Case, name: str, out: dict[str, Any], error: Exception) -> None:
@@ -187,41 +225,34 @@ def measure(case: Case, repeats: int, clock: Clock) -> dict[str, Any]:
     case.verify()
     jobs, out = _prepare(case, clock)
     gpu = case.setting.device != "cpu"
-    if gpu:
-        for job in jobs.values():
-            case.reset()
-            job()  # whatever the first call compiled, the second has at hand
-        torch.cuda.empty_cache()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+    replays = _replays(case, jobs, out, clock) if gpu else {}
+    # The replays take turns with the rest.
+    ways = [(name, "", job) for name, job in jobs.items()]
+    ways += [(name, "graph", job) for name, job in replays.items()]
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {way[:2]: [] for way in ways}
     bare: dict[str, list[float]] = {name: [] for name in clock.yardsticks}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for name, yardstick in clock.yardsticks.items():
             bare[name].append(clock.seconds(yardstick.job)[0])
-        for name, job in jobs.items():
-            taken = times[name]
-            if len(taken) >= LEAST_ROUNDS and sum(t for t, _ in taken) > PROVIDER_SECONDS:
+        for name, kind, job in ways:
+            taken = times[name, kind]
+            if "error" in out[name] or (turn and turn not in _turns(taken[0][0], repeats)):
                 continue
             case.reset()
             try:
                 taken.append(clock.seconds(job))
             except (RuntimeError, MemoryError) as error:
                 _failed(case, name, out[name], error)
-    for name, pairs in times.items():
+    for (name, kind), pairs in times.items():
         if "error" in out[name]:
             continue
-        out[name] |= spread([seconds for seconds, _ in pairs])
+        found = spread([seconds for seconds, _ in pairs])
+        if kind:
+            out[name][kind] = found
+            continue
+        out[name] |= found
         if gpu:
             out[name]["host"] = statistics.median(host for _, host in pairs)
-    for name, provider in case.providers.items() if gpu else ():
-        if not provider.captured or "median" not in out[name]:
-            continue
-        try:
-            replay = clock.replay(jobs[name])
-            out[name]["graph"] = spread([clock.seconds(replay)[0] for _ in range(repeats)])
-            del replay
-        except RuntimeError as error:
-            out[name]["graph_error"] = str(error).splitlines()[0][:200]
-            print(f"  {name} was not captured: {error}", flush=True)
     bandwidth = {
         name: clock.yardsticks[name].bytes_moved / statistics.median(seconds)
         for name, seconds in bare.items()
@@ -279,7 +310,7 @@ def line(
     targets = case.targets if setting.numel >= LARGE else ()
     judged = [_judge(target, measured["providers"], floor) for target in targets]
     return {
-        "schema": 2,
+        "schema": SCHEMA,
         "study": study,
         "op": case.op,
         "shape": setting.shape,
@@ -292,7 +323,7 @@ def line(
         "bytes_moved": int(case.bytes_moved),
         "note": case.note,
         "yardstick": case.yardstick,
-        "floor": floor,
+        "floor": floor if case.has_floor else None,
         **measured,
         "targets": [target for target in judged if target],
         **here,
@@ -321,13 +352,13 @@ def report(record: dict[str, Any]) -> None:
         if "median" not in m:
             rows.append([name, "skipped" if "skipped" in m else "failed", *[""] * len(columns[2:])])
             continue
-        best = m.get("graph", m)["median"]
+        best = min(m["median"], m.get("graph", m)["median"])
         row = [
             name,
             f"{m['median'] * 1e3:.{digits}f}",
             f"{m['p20'] * 1e3:.{digits}f}–{m['p80'] * 1e3:.{digits}f}",
-            f"{record['bytes_moved'] / best / 1e9:.1f}" if i == 0 else "",
-            f"{100 * record['floor'] / best:.0f}" if i == 0 else "",
+            f"{record['bytes_moved'] / best / 1e9:.1f}" if i == 0 and record["floor"] else "",
+            f"{100 * record['floor'] / best:.0f}" if i == 0 and record["floor"] else "",
             f"{m['peak_extra_bytes'] / 1e6:.1f}",
             "" if i == 0 else f"{m['median'] / ours:.1f}×",
         ]
@@ -337,10 +368,12 @@ def report(record: dict[str, Any]) -> None:
         rows.append(row)
     print_table(columns, rows)
     bandwidth = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in record["bandwidth"].items())
-    print(
-        f"  {record['bytes_moved'] / 1e9:.3f} GB to move: {record['floor'] * 1e3:.{digits}f} ms by "
-        f"the {record['yardstick']} yardstick (GB/s in these rounds: {bandwidth})"
-    )
+    if record["floor"]:
+        print(
+            f"  {record['bytes_moved'] / 1e9:.3f} GB to move: "
+            f"{record['floor'] * 1e3:.{digits}f} ms by the {record['yardstick']} yardstick "
+            f"(GB/s in these rounds: {bandwidth})"
+        )
     for target in record["targets"]:
         word = "pass" if target["passed"] else "FAIL"
         faster = target["kind"] == "peer"
@@ -354,7 +387,11 @@ def commit() -> str:
         return named
     try:
         return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
         ).stdout.strip()
     except OSError:
         return ""
@@ -423,39 +460,47 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 def run_case(
     op: str, setting: Setting, repeats: int, clock: Clock, here: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Measures one case, prints its table, and returns its line, or None where it does not fit."""
+) -> tuple[Case, dict[str, Any]] | None:
+    """Measures one case, prints its table, and returns it with its line, or None where it cannot be
+    measured here.
+    """
     print(f"{op}: {setting}", flush=True)
     gc.collect()
-    needed, free = RECIPES[op].input_bytes(setting), clock.free_bytes()
+    recipe = RECIPES[op]
+    if recipe.shapes and setting.shape not in recipe.shapes:
+        print(f"  skipped: it is for {', '.join(recipe.shapes)}", flush=True)
+        return None
+    needed, free = recipe.input_bytes(setting), clock.free_bytes()
     if needed > 0.9 * free:
         print(
             f"  skipped: it needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free",
             flush=True,
         )
         return None
-    case = RECIPES[op].make(setting)
+    case = recipe.make(setting)
     record = line(case, measure(case, repeats, clock), here)
     report(record)
-    return record
+    return case, record
 
 
-def quick_faults(op: str, setting: Setting, record: dict[str, Any]) -> list[str]:
+def quick_faults(case: Case, record: dict[str, Any]) -> list[str]:
     """What even a quick run must show and does not: a peer that is missing, a ratio too low."""
-    faults = []
+    title = f"{case.op}, {case.setting.dtype}"
     providers = record["providers"]
-    for name, measured in providers.items():
-        if "median" not in measured:
-            faults.append(f"{op}, {setting.dtype}: {name}: {measured}")
+    faults = [
+        f"{title}: {name}: {measured}"
+        for name, measured in providers.items()
+        if "median" not in measured
+    ]
     ours = next(iter(providers.values()))["median"]
-    for target in RECIPES[op].make(setting).targets:
-        if target.quick is None or setting.device != "cpu":
+    for target in case.targets if case.setting.device == "cpu" else ():
+        if target.quick is None or "median" not in providers.get(target.peer, {}):
             continue
         found = providers[target.peer]["median"] / ours
         if found < target.quick:
             faults.append(
-                f"{op}, {setting.dtype}: only {found:.1f}× faster than {target.peer}, and even a "
-                f"quick run should show {target.quick}×"
+                f"{title}: only {found:.1f}× faster than {target.peer}, and even a quick run "
+                f"should show {target.quick}×"
             )
     return faults
 
@@ -473,7 +518,9 @@ def compared(new: dict[str, Any], old: dict[str, Any]) -> float:
     """
     changes = []
     ours = [next(iter(record["providers"].values()))["median"] for record in (new, old)]
-    for name, measured in list(new["providers"].items())[1:]:
+    for name, measured in new["providers"].items():
+        if name.startswith("sparse_ft") or not measured.get("whole", True):
+            continue
         before = old["providers"].get(name, {})
         if "median" in measured and "median" in before:
             changes.append((measured["median"] / ours[0]) / (before["median"] / ours[1]))
@@ -483,20 +530,23 @@ def compared(new: dict[str, Any], old: dict[str, Any]) -> float:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The stored lines of a file."""
+    """The stored lines of a file that are of today's schema."""
     text = path.read_text(encoding="utf-8")
-    return [json.loads(row) for row in text.splitlines() if row.strip()]
+    records = [json.loads(row) for row in text.splitlines() if row.strip()]
+    return [record for record in records if record.get("schema") == SCHEMA]
 
 
-def compare(records: list[dict[str, Any]], path: Path, tolerance: float) -> list[str]:
+def compare(
+    records: list[dict[str, Any]], stored_lines: list[dict[str, Any]], tolerance: float
+) -> list[str]:
     """Prints how our advantage over the peers changed since a stored run; returns what got worse.
 
     Args:
         records: The lines of this run.
-        path: The stored ones; of several for one case the last counts.
+        stored_lines: Those to compare with; of several for one case the last counts.
         tolerance: Share of the advantage that may be lost before it is called worse.
     """
-    stored = {key(record): record for record in read_lines(path)}
+    stored = {key(record): record for record in stored_lines}
     rows, worse = [], []
     for record in records:
         title = f"{record['op']}, {record['shape']}, {record['dtype']}, {record['support']}"
@@ -511,9 +561,23 @@ def compare(records: list[dict[str, Any]], path: Path, tolerance: float) -> list
         elif change > 1 / (1 - tolerance):
             word = "better"
         rows.append([title, f"{change:.2f}", word])
-    print(f"advantage over the peers, as a share of that in {path}:")
+    print("advantage over the peers, as a share of that in the stored lines:")
     print_table(["", "now ÷ then", ""], rows)
+    if records and not any(key(record) in stored for record in records):
+        worse.append("no case of this run has a stored line to be compared with")
     return worse
+
+
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return float(text)
+
+
+def _rounds(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -521,10 +585,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--op", choices=sorted(RECIPES), action="append", help="only these cases")
     parser.add_argument("--shape", choices=sorted(MODELS), help="model; default: each case's own")
-    parser.add_argument("--density", type=float, help="0 to 1; default: each case's own")
+    parser.add_argument("--density", type=_share, help="0 to 1; default: each case's own")
     parser.add_argument("--dtype", choices=DTYPES, help="default: each case's own")
     parser.add_argument("--support", choices=SUPPORTS, help="default: each case's own")
-    parser.add_argument("--repeats", type=int, help="rounds; default: 7, and 15 on a GPU")
+    parser.add_argument("--repeats", type=_rounds, help="rounds; default: 7, and 15 on a GPU")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -557,6 +621,15 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
     repeats = arguments.repeats or (3 if arguments.quick else 7 if device == "cpu" else 15)
+    # What cannot be read or written is found out before hours of measuring.
+    stored = None
+    try:
+        if arguments.compare:
+            stored = read_lines(arguments.compare)
+        if arguments.json:
+            arguments.json.open("a", encoding="utf-8").close()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     here = machine(device)
     clock = clocks.clock_of(device)
     print(", ".join(f"{name} {value}" for name, value in here["machine"].items()), flush=True)
@@ -574,22 +647,26 @@ def main() -> int:
             continue
         print(f"[{number}/{len(plan)}, {elapsed:.0f} s] ", end="")
         try:
-            record = run_case(op, setting, repeats, clock, here)
+            measured = run_case(op, setting, repeats, clock, here)
         except Exception as error:
             faults.append(f"{op}, {setting}: {type(error).__name__}: {error}")
             print(f"  FAILED: {type(error).__name__}: {error}", flush=True)
             continue
-        if record is None:
+        if measured is None:
+            if arguments.quick:
+                faults.append(f"{op}, {setting}: skipped")
             continue
+        case, record = measured
         records.append(record)
         if arguments.quick:
-            faults += quick_faults(op, setting, record)
+            faults += quick_faults(case, record)
+        del case, measured
         if arguments.json:
             with arguments.json.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(record) + "\n")
     print(f"{len(records)} cases in {time.monotonic() - begin:.0f} s")
-    if arguments.compare:
-        faults += compare(records, arguments.compare, arguments.tolerance)
+    if stored is not None:
+        faults += compare(records, stored, arguments.tolerance)
     for fault in faults:
         print(f"FAULT: {fault}")
     return 1 if faults else 0

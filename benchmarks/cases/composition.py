@@ -164,11 +164,10 @@ def _composition(op: str, setting: Setting, count: int) -> Case:
     return Case(
         op,
         setting,
-        OPS["compose_"].bytes_moved(weights, deltas.idx)
-        + (2 * inputs.surplus(setting, deltas.at[0]) if count == 1 else 0),
+        OPS["compose_"].bytes_moved(weights, deltas.idx) + 2 * inputs.surplus(setting, *deltas.at),
         {
             "sparse_ft, with undo": Provider(
-                lambda: ours, state_bytes=setting.width * nnz, captured=True
+                lambda: ours, check=check, state_bytes=setting.width * nnz, captured=True
             ),
             "w += COO": Provider(
                 coo,
@@ -188,6 +187,7 @@ def _composition(op: str, setting: Setting, count: int) -> Case:
                 "torch.Tensor.scatter_add_ per parameter, no undo",
                 check,
                 12 * nnz,
+                captured=True,
             ),
             "index_put_(accumulate)": Provider(
                 each(lambda view, at, v: view.index_put_((at,), v, accumulate=True)),
@@ -253,6 +253,20 @@ def restore(setting: Setting) -> Case:
 
         return run
 
+    def saved(how: str) -> Job:
+        """Writes values back that were saved when the fine-tuning was put on."""
+        values = [s.view(-1)[at] for s, at in zip(start, deltas.at[0], strict=True)]
+        views = [w.view(-1) for w in weights]
+
+        def run() -> None:
+            for view, at, v in zip(views, deltas.at[0], values, strict=True):
+                if how == "put_":
+                    view.put_(at, v)
+                else:
+                    view.index_copy_(0, at, v)
+
+        return run
+
     def copy_all() -> None:
         _copy(weights, start)
 
@@ -281,6 +295,20 @@ def restore(setting: Setting) -> Case:
         {
             "sparse_ft, exact": Provider(
                 lambda: ours, check=exact, state_bytes=setting.width * k, captured=True
+            ),
+            "put_ of saved values, exact": Provider(
+                lambda: saved("put_"),
+                "torch.Tensor.put_ of the saved values, per parameter",
+                exact,
+                24 * k,
+                captured=True,
+            ),
+            "index_copy_ of saved values, exact": Provider(
+                lambda: saved("index_copy_"),
+                "torch.Tensor.index_copy_ of the saved values, per parameter",
+                exact,
+                24 * k,
+                captured=True,
             ),
             "w −= COO, inexact": Provider(
                 coo, "composable-sft: subtract the sparse COO tensor again", check, 24 * k + size
@@ -371,7 +399,7 @@ def swap(setting: Setting) -> Case:
         "swap",
         setting,
         OPS["swap_"].bytes_moved(start, pair[0].idx, [], [], pair[1].idx)
-        + 2 * sum(inputs.surplus(setting, d.at[0]) for d in pair),
+        + 2 * inputs.surplus(setting, *(d.at[0] for d in pair)),
         {
             "sparse_ft, one pass": Provider(lambda: ours, check=check(fused, "fused")),
             "sparse_ft, restore_ and compose_": Provider(

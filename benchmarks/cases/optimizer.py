@@ -175,7 +175,9 @@ def masked_adamw(setting: Setting) -> Case:
     fused, default = "gradient × mask, fused AdamW", "gradient × mask, default AdamW"
     providers = {
         # Moments, delta, indices and theta0 of the selected entries.
-        "sparse_ft": Provider(ours, captured=True, state_bytes=(3 * 4 + 2 + width) * k),
+        "sparse_ft": Provider(
+            ours, check=check, captured=True, state_bytes=(3 * 4 + 2 + width) * k
+        ),
         fused: Provider(
             lambda: dense(fused=True), reference, check, moments + n, moments + n, captured=True
         ),
@@ -185,6 +187,7 @@ def masked_adamw(setting: Setting) -> Case:
             check,
             moments + n + n * width,
             moments + n * width,
+            captured=True,
         ),
         "gradient × mask, foreach AdamW": Provider(
             lambda: dense(foreach=True), reference, check, 5 * n * width, moments + n
@@ -195,6 +198,7 @@ def masked_adamw(setting: Setting) -> Case:
             check,
             40 * k,
             (3 * 4 + 8) * k,
+            captured=True,
         ),
         "torch.optim.SparseAdam": Provider(
             sparse_adam,
@@ -214,6 +218,7 @@ def masked_adamw(setting: Setting) -> Case:
         check_all,
         moments,
         moments,
+        whole=False,
     )
     targets: list[Target] = []
     if on_gpu:
@@ -383,7 +388,9 @@ def dense_adamw(setting: Setting) -> Case:
     moments = 2 * setting.width * n
     source = "torch.optim.AdamW"
     providers = {
-        name: Provider(lambda: ours(0.0), check=check, state_bytes=8 * n, captured=True),
+        name: Provider(
+            lambda: ours(0.0), check=check, state_bytes=(10 if split else 8) * n, captured=True
+        ),
         f"{name}, with L1": Provider(lambda: ours(1e-9), check=check, captured=True),
         f"torch fused AdamW, {beside}": Provider(
             lambda: torchs(fused=True), source, check, moments, moments, captured=True

@@ -643,7 +643,10 @@ def _compose(
 @_op(
     "restore_(Tensor(a!)[] weights, Tensor[] idx, Tensor[] ptr, Tensor[] undo) -> ()",
     fake=lambda *_: None,
-    bytes_moved=_compose_bytes,
+    # As composing, but there are no values to be read.
+    bytes_moved=lambda weights, idx, *_: (
+        _compose_bytes(weights, idx) - 4 * sum(i.numel() for i in idx)
+    ),
 )
 def _restore(weights: Tensors, idx: Tensors, ptr: Tensors, undo: Tensors) -> None:
     _check_tensors("restore_", "weights", weights)
@@ -657,8 +660,9 @@ def _restore(weights: Tensors, idx: Tensors, ptr: Tensors, undo: Tensors) -> Non
     "swap_(Tensor(a!)[] weights, Tensor[] old_idx, Tensor[] old_ptr, Tensor[] old_undo,"
     " Tensor[] idx, Tensor[] ptr, Tensor[] val, float[] alphas, Tensor(b!)[] undo) -> Tensor",
     fake=lambda weights, *_: torch.empty(2, dtype=torch.int64, device=_device(weights)),
+    # Lines that both touch move once.
     bytes_moved=lambda weights, old_idx, old_ptr, old_undo, idx, *_: (
-        _compose_bytes(weights, old_idx) + _compose_bytes(weights, idx)
+        _compose_bytes(weights, [*old_idx, *idx]) - 4 * sum(i.numel() for i in old_idx)
     ),
 )
 def _swap(
