@@ -73,8 +73,8 @@ inline void for_each(int64_t n, int32_t threads, int64_t work, const Body &body)
   const int32_t team = team_size(n, threads, work);
   (void)team;
   // Several neighbours at a time: threads that write next to each other make each other wait, more
-  // than the lines at the seams explain (the hardware fetches beyond them; merge takes 1.8 times as
-  // long). At least 16 chunks a thread, so that uneven work evens out.
+  // than the lines at the seams explain (merge takes 1.8 times as long, check_support 1.7; perhaps
+  // the hardware fetches beyond them). At least 16 chunks a thread, so that uneven work evens out.
   int64_t chunk = n / (int64_t{16} * team);
   chunk = chunk < 1 ? 1 : chunk > 16 ? 16 : chunk;
   (void)chunk;
