@@ -108,8 +108,8 @@ factor of two within minutes: ratios within a case stand, times of different cas
 **Columns.** *ms*: median. *20–80 %*: the spread (of three to five rounds, all of it). *GB/s*: the
 least bytes that the job must move, by the time. *of the floor*: the floor, which is the time to
 move those bytes as fast as the yardstick does, by the time; above 100 % the yardstick was slower
-than the op, or caches helped. *extra MB*: peak of memory beyond the inputs, for preparing and one run. *state
-MB*: what is kept from run to run. *ours is faster by*: time of the peer by ours.
+than the op, or caches helped. *extra MB*: peak of memory beyond the inputs, for preparing and one
+run. *state MB*: what is kept from run to run. *ours is faster by*: time of the peer by ours.
 
 **Bytes.** The least that must be moved: the lines of memory in which selected entries lie, since
 memory is read in lines (64 bytes on a CPU, 32 on a GPU), and everything that is dense. The model of
