@@ -385,17 +385,71 @@ class SparseDelta:
         return save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
-        """Reads a delta from a file, or from a folder with a file `sft.safetensors`; everything in
-        it is checked.
+    def load(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> SparseDelta:
+        """Reads a delta from a file, a folder or the Hugging Face Hub; everything in it is checked.
+
+        Args:
+            source: A file; a folder with a file `sft.safetensors`; or, where there is no such path,
+                the id of a Hub repository, "owner/name", which is fetched into the local cache
+                (needs huggingface_hub).
+            revision: Branch, tag or commit of a Hub repository.
 
         Raises:
-            SFTFileError: The file is missing, foreign, damaged or malformed; the message says which
-                field and why.
+            SFTFileError: The source is missing, foreign, damaged or malformed; the message says
+                which field and why.
         """
         from .files import load
+        from .hub import download, looks_like_repository
 
-        return load(path)
+        if os.path.lexists(source):
+            if revision is not None:
+                raise SFTError(
+                    f"SparseDelta.load: {os.fsdecode(source)!r} is a path on this machine, which "
+                    f"has no revision {revision!r}; only Hub repositories have revisions"
+                )
+        elif looks_like_repository(source):
+            source = download(str(source), revision)
+        return load(source)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        message: str = "Upload a sparse fine-tuning",
+        token: str | bool | None = None,
+    ) -> str:
+        """Uploads the delta and a model card to a repository of the Hugging Face Hub, which is made
+        if it is not there.
+
+        Args:
+            repo_id: "owner/name".
+            revision: The branch; default: main.
+            private: Whether a new repository is private; default: what your account says.
+            message: The commit's message.
+            token: As huggingface_hub takes it; default: the one that you logged in with.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            SFTError: The delta is malformed, or huggingface_hub is missing. Nothing was sent.
+            OSError: What huggingface_hub raised.
+        """
+        from .hub import push
+
+        return push(self, repo_id, revision=revision, private=private, message=message, token=token)
+
+    def model_card(self, repo_id: str = "FOLDER-OR-REPOSITORY") -> str:
+        """A README for the delta, with the fields that the Hub reads.
+
+        Args:
+            repo_id: What its example loads.
+        """
+        from .hub import model_card
+
+        return model_card(self, repo_id)
 
     # --- models ---------------------------------------------------------------------------------
 

@@ -717,15 +717,9 @@ def _locate(path: str | os.PathLike[str]) -> str:
             raise SFTFileError(
                 f"{given}: is a link to {os.readlink(given)!r}, which does not exist"
             )
-        hub = (
-            " Models on the Hugging Face Hub cannot be named yet: download the repository and pass "
-            "its folder"
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", given)
-            else ""
-        )
         raise SFTFileError(
-            f"{given}: there is no such file. Give a .safetensors file, or a folder that holds "
-            f"{FILE_NAME}.{hub}"
+            f"{given}: there is no such file. Give a .safetensors file, a folder that holds "
+            f"{FILE_NAME}, or to SparseDelta.load the id of a Hub repository, owner/name"
         )
     return given
 
