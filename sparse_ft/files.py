@@ -727,23 +727,27 @@ def _locate(path: str | os.PathLike[str]) -> str:
 # --- saying what is in a file -------------------------------------------------------------------
 
 
-def describe(path: str | os.PathLike[str]) -> dict[str, str | int]:
-    """What a file holds, field by field, in the order in which to show it. The file is checked
-    whole.
+def describe(source: str | os.PathLike[str]) -> dict[str, str | int]:
+    """What an SFT holds, field by field, in the order in which to show it. It is checked whole.
+
+    Args:
+        source: As `SparseDelta.load` takes it.
 
     Raises:
-        SFTFileError: As `load`.
+        SFTFileError: As `SparseDelta.load`.
     """
-    delta = load(path)
-    where = _locate(path)
-    return dict(_describe(delta, where))
+    return dict(_describe(SparseDelta.load(source), source))
 
 
-def _describe(delta: SparseDelta, where: str) -> Iterator[tuple[str, str | int]]:
+def _describe(
+    delta: SparseDelta, source: str | os.PathLike[str]
+) -> Iterator[tuple[str, str | int]]:
     meta = delta.meta
     counts = {name: count for name, count in delta.support.counts().items() if count}
+    where = _locate(source) if os.path.exists(source) else os.fsdecode(source)
     yield "file", where
-    yield "bytes", f"{os.path.getsize(where):,}"
+    if os.path.exists(where):
+        yield "bytes", f"{os.path.getsize(where):,}"
     yield "format", f"sft {VERSION[0]}.x"
     yield "kind", delta.kind
     for key in TEXT_FIELDS:
