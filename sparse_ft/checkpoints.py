@@ -207,6 +207,18 @@ def read_json(path: str) -> dict[str, Any]:
     Raises:
         SFTFileError: It is no JSON object, too large, or names a field twice.
     """
+    if os.path.getsize(path) > MAX_JSON:
+        _fail(path, f"is {os.path.getsize(path):,} bytes long; at most {MAX_JSON:,} are read")
+    with open(path, "rb") as file:
+        return parse_json(path, file.read())
+
+
+def parse_json(path: str, text: str | bytes) -> dict[str, Any]:
+    """A JSON object from text that stands in a foreign file.
+
+    Raises:
+        SFTFileError: It is no JSON object, or names a field twice.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
@@ -215,11 +227,8 @@ def read_json(path: str) -> dict[str, Any]:
             raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
         return fields
 
-    if os.path.getsize(path) > MAX_JSON:
-        _fail(path, f"is {os.path.getsize(path):,} bytes long; at most {MAX_JSON:,} are read")
     try:
-        with open(path, "rb") as file:
-            document = json.loads(file.read(), object_pairs_hook=unique)
+        document = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise SFTFileError(f"{path}: is not JSON: {error}") from None
     if not isinstance(document, dict):
@@ -237,9 +246,9 @@ def _open(file: str) -> dict[str, Callable[[], Tensor]]:
             raise SFTFileError(f"{file}: is not a safetensors file: {error}") from None
         tensors = {name: partial(handle.get_tensor, name) for name in handle.keys()}  # noqa: SIM118
     else:
-        from . import torch_zip
+        from .torch_zip import load
 
-        content = torch_zip.load(file)
+        content = load(file)
         if not isinstance(content, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
         ):

@@ -222,7 +222,7 @@ def test_a_hostile_index_is_refused(tmp_path, case):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(SFTFileError, match="holds none of model.safetensors"):
+    with pytest.raises(SFTFileError, match=r"holds none of model\.safetensors"):
         Checkpoint(tmp_path)
     with pytest.raises(SFTFileError, match="there is no such file"):
         Checkpoint("xlm-roberta-base")
