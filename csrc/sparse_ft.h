@@ -192,6 +192,20 @@ SFT_API int32_t sft_cpu_merge_fill(int64_t n_tiles, int32_t n_deltas, const uint
                                    const int64_t *out_ptr, uint16_t *out_idx, float *out_val,
                                    void *workspace, int64_t workspace_bytes, int32_t threads);
 
+/* reduce: what the deltas say of each entry of their union, which merge_count has counted into out_ptr. With
+ * x_j = fl(alpha_j * fp32(val_j)) of the deltas j that have the entry, in the order given, all sums in binary32 from +0:
+ *   total = sum of x_j;   positive = sum of the x_j > 0;   negative = sum of the x_j < 0
+ *   largest = the x_j of largest magnitude, of x and -x the positive one (+0 where all are 0 or NaN)
+ *   count, n_positive, n_negative = how many have it, with x_j > 0, with x_j < 0; so n_deltas is at most 32767.
+ * out_idx and each of the seven: [out_ptr[n_tiles]].
+ */
+SFT_API int32_t sft_cpu_reduce(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx,
+                               const int64_t *const *ptr, const void *const *val,
+                               const int32_t *val_dtype, const float *alpha, const int64_t *out_ptr,
+                               uint16_t *out_idx, float *total, float *positive, float *negative,
+                               float *largest, int16_t *count, int16_t *n_positive,
+                               int16_t *n_negative, int32_t threads);
+
 /* overlap: per tile, counts [n_tiles, 2] = entries in both, of those with the same sign (both > 0 or both < 0);
  * dots [n_tiles, 3] = sum of a*b, a*a, b*b over the entries in both: the entries of a in the tile are cut into runs; in each,
  * the products (+0 where b lacks the entry) are summed as a run; the sums of the runs are added in order from +0.

@@ -57,6 +57,7 @@ def arguments(name: str) -> tuple:
             *([idx.clone()], [ptr.clone()], [vectors[1]], [0.5], [torch.empty(n)]),
         ),
         "merge": (LENGTHS, [idx, idx], [ptr, ptr], vectors[:2], [1.0, 0.5]),
+        "reduce": (LENGTHS, [idx, idx], [ptr, ptr], vectors[:2], [1.0, -0.5]),
         "overlap": (idx, ptr, vectors[0], idx, ptr, vectors[1]),
         "digest": (a, idx, ptr),
         "check_support": (LENGTHS, idx, ptr, vectors[0]),

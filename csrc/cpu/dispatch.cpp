@@ -236,6 +236,16 @@ int32_t sft_cpu_merge_fill(int64_t n_tiles, int32_t n_deltas, const uint16_t *co
                              out_val, workspace, workspace_bytes, threads);
 }
 
+int32_t sft_cpu_reduce(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx,
+                       const int64_t *const *ptr, const void *const *val, const int32_t *val_dtype,
+                       const float *alpha, const int64_t *out_ptr, uint16_t *out_idx, float *total,
+                       float *positive, float *negative, float *largest, int16_t *count,
+                       int16_t *n_positive, int16_t *n_negative, int32_t threads) {
+  return table()->reduce(n_tiles, n_deltas, idx, ptr, val, val_dtype, alpha, out_ptr, out_idx,
+                         total, positive, negative, largest, count, n_positive, n_negative,
+                         threads);
+}
+
 int32_t sft_cpu_overlap(int64_t n_tiles, const uint16_t *idx_a, const int64_t *ptr_a,
                         const void *val_a, int32_t dtype_a, const uint16_t *idx_b,
                         const int64_t *ptr_b, const void *val_b, int32_t dtype_b, int64_t *counts,

@@ -1,88 +1,17 @@
 // merge: the weighted sum of sparse deltas as one sparse delta, in the order of the deltas:
 // acc = fl(acc + fl(alpha_j * val_j)) from +0. An acc of 0 stays, as an explicit 0.
 //
-// A tile's union is a bitmap of 8 KB. An entry's place in the result is the number of bits before
-// its own, so that entries are added in place, without a comparison that a processor must guess.
-//
 // Moves: idx of all deltas twice, their values once, the result once.
-#include "common.h"
+#include "union.h"
 
 namespace sft::SFT_ISA {
-namespace {
-
-// The entries of a tile that lie in any delta: one bit each, and how many lie before each 64.
-struct Union {
-  static constexpr int64_t kWords = SFT_TILE / 64;
-  uint64_t word[kWords] = {};
-  uint16_t before[kWords];
-
-  Union(int64_t t, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr) {
-    for (int32_t j = 0; j < n_deltas; ++j) set_bits(idx[j] + ptr[j][t], ptr[j][t + 1] - ptr[j][t]);
-  }
-
-  // In four places at a time: neighbours often share a word, and would wait for each other.
-  void set_bits(const uint16_t *idx, int64_t n) {
-    const int64_t quarter = n / 4;
-    for (int64_t i = 0; i < quarter; ++i) {
-      for (int64_t k = 0; k < 4; ++k) set_bit(idx[i + k * quarter]);
-    }
-    for (int64_t i = 4 * quarter; i < n; ++i) set_bit(idx[i]);
-  }
-
-  void set_bit(uint16_t at) { word[at / 64] |= 1ull << at % 64; }
-
-  int64_t count() const {
-    int64_t sum = 0;
-    for (const uint64_t bits : word) sum += __builtin_popcountll(bits);
-    return sum;
-  }
-
-  // Makes place() work; returns count().
-  int64_t rank() {
-    int64_t sum = 0;
-    for (int64_t i = 0; i < kWords; ++i) {
-      before[i] = static_cast<uint16_t>(sum);
-      sum += __builtin_popcountll(word[i]);
-    }
-    return sum;
-  }
-
-  int64_t place(uint16_t at) const {
-    return before[at / 64] + __builtin_popcountll(word[at / 64] & ((1ull << at % 64) - 1));
-  }
-};
-
-constexpr int32_t kNone = -1, kSeveral = -2;
-
-// The delta that alone has entries in a tile, or kNone, or kSeveral.
-int32_t only_delta(int64_t t, int32_t n_deltas, const int64_t *const *ptr) {
-  int32_t only = kNone;
-  for (int32_t j = 0; j < n_deltas; ++j) {
-    if (ptr[j][t] < ptr[j][t + 1]) only = only == kNone ? j : kSeveral;
-    if (only == kSeveral) break;
-  }
-  return only;
-}
-
-bool valid(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx, const int64_t *const *ptr,
-           int64_t *nnz) {
-  if (n_tiles < 0 || n_deltas < 0 || (n_deltas > 0 && (!idx || !ptr))) return false;
-  *nnz = 0;
-  for (int32_t j = 0; j < n_deltas; ++j) {
-    if (!ptr[j] || (ptr[j][n_tiles] > 0 && !idx[j])) return false;
-    *nnz += ptr[j][n_tiles];
-  }
-  return true;
-}
-
-}  // namespace
 
 int64_t merge_workspace_bytes(int32_t, int32_t) { return 0; }
 
 int32_t merge_count(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx,
                     const int64_t *const *ptr, int64_t *out_ptr, void *, int64_t, int32_t threads) {
   int64_t nnz = 0;
-  if (!valid(n_tiles, n_deltas, idx, ptr, &nnz) || !out_ptr) return SFT_BAD_ARGUMENT;
+  if (!valid_deltas(n_tiles, n_deltas, idx, ptr, &nnz) || !out_ptr) return SFT_BAD_ARGUMENT;
   out_ptr[0] = 0;
   for_each(n_tiles, threads, nnz, [&](int64_t t, int32_t) {
     const int32_t j = only_delta(t, n_deltas, ptr);
@@ -99,7 +28,7 @@ int32_t merge_fill(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx
                    const float *alpha, const int64_t *out_ptr, uint16_t *out_idx, float *out_val,
                    void *, int64_t, int32_t threads) {
   int64_t nnz = 0;
-  if (!valid(n_tiles, n_deltas, idx, ptr, &nnz) || !out_ptr) return SFT_BAD_ARGUMENT;
+  if (!valid_deltas(n_tiles, n_deltas, idx, ptr, &nnz) || !out_ptr) return SFT_BAD_ARGUMENT;
   if (nnz > 0 && (!out_idx || !out_val || !val || !val_dtype || !alpha)) return SFT_BAD_ARGUMENT;
   for (int32_t j = 0; nnz > 0 && j < n_deltas; ++j) {
     if (!known_dtype(val_dtype[j]) || (ptr[j][n_tiles] > 0 && !val[j])) return SFT_BAD_ARGUMENT;

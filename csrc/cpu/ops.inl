@@ -16,6 +16,7 @@
   X(merge_workspace_bytes)       \
   X(merge_count)                 \
   X(merge_fill)                  \
+  X(reduce)                      \
   X(overlap)                     \
   X(anchor_l1)                   \
   X(digest)                      \

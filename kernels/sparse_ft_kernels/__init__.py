@@ -7,6 +7,7 @@ from . import dispatch as _dispatch  # noqa: F401
 from .contract import NonFiniteError, TooFewError
 from .dispatch import BackendError, explain
 from .ops import (
+    Reduction,
     anchor_l1_,
     check_support,
     compose_,
@@ -16,6 +17,7 @@ from .ops import (
     masked_adamw_,
     merge,
     overlap,
+    reduce,
     restore_,
     select_random,
     select_topk,
@@ -27,6 +29,7 @@ __all__ = [
     "TILE",
     "BackendError",
     "NonFiniteError",
+    "Reduction",
     "TileTable",
     "TooFewError",
     "anchor_l1_",
@@ -39,6 +42,7 @@ __all__ = [
     "masked_adamw_",
     "merge",
     "overlap",
+    "reduce",
     "restore_",
     "select_random",
     "select_topk",

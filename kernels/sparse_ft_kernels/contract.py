@@ -709,6 +709,28 @@ def _merge(
     _check_deltas("merge", idx, ptr, lengths.shape[0], lengths.device, val, alphas)
 
 
+def _fake_reduce(lengths: Tensor, idx: Tensors, *_: Any) -> tuple[Tensor, ...]:
+    out_idx, out_ptr, total = _fake_merge(lengths, idx)
+    sums = [torch.empty_like(total) for _ in range(3)]
+    counts = [torch.empty_like(total, dtype=torch.int16) for _ in range(3)]
+    return (out_idx, out_ptr, total, *sums, *counts)
+
+
+@_op(
+    "reduce(Tensor lengths, Tensor[] idx, Tensor[] ptr, Tensor[] val, float[] alphas) -> (Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_reduce,
+    bytes_moved=lambda lengths, idx, ptr, val, alphas: sum(i.numel() * (6 + 24) for i in idx),
+)
+def _reduce(
+    lengths: Tensor, idx: Tensors, ptr: Tensors, val: Tensors, alphas: Sequence[float]
+) -> None:
+    _check_vector("reduce", "lengths", lengths, torch.int32, None, lengths.device)
+    _check_deltas("reduce", idx, ptr, lengths.shape[0], lengths.device, val, alphas)
+    if len(idx) > torch.iinfo(torch.int16).max:
+        raise ValueError(f"reduce: {len(idx)} deltas; at most 32767, which its counts can hold")
+
+
 @_op(
     "overlap(Tensor idx_a, Tensor ptr_a, Tensor val_a, Tensor idx_b, Tensor ptr_b, Tensor val_b) "
     "-> (Tensor, Tensor)",

@@ -94,6 +94,13 @@ SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
         c_int32,
         (c_int64, c_int32, _P, _P, _P, _P, _P, _P, _P, _P, _P, c_int64, c_int32),
     ),
+    "sft_cpu_reduce": (
+        c_int32,
+        (
+            *(c_int64, c_int32, _P, _P, _P, _P, _P, _P, _P),
+            *(_P, _P, _P, _P, _P, _P, _P, c_int32),
+        ),
+    ),
     "sft_cpu_overlap": (
         c_int32,
         (c_int64, _P, _P, _P, c_int32, _P, _P, _P, c_int32, _P, _P, c_int32),
@@ -465,27 +472,53 @@ def swap_(
 def merge(
     lengths: Tensor, idx: Tensors, ptr: Tensors, val: Tensors, alphas: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _require_ends("merge", idx, ptr)
     library, threads = _library(), _threads()
-    n = lengths.shape[0]
-    size = library.sft_cpu_merge_workspace_bytes(len(idx), threads)
-    workspace = _workspace(size)
-    out_ptr = torch.zeros(n + 1, dtype=torch.int64)
-    arrays = (n, len(idx), _addresses(idx), _addresses(ptr))
-    status = library.sft_cpu_merge_count(
-        *arrays, out_ptr.data_ptr(), workspace.data_ptr(), size, threads
-    )
-    _check("merge", status)
+    out_ptr = _union("merge", lengths.shape[0], idx, ptr)
     nnz = int(out_ptr[-1])
     out_idx = torch.empty(nnz, dtype=torch.uint16)
     out_val = torch.empty(nnz, dtype=torch.float32)
+    size = library.sft_cpu_merge_workspace_bytes(len(idx), threads)
+    workspace = _workspace(size)
     status = library.sft_cpu_merge_fill(
-        *arrays,
+        *(lengths.shape[0], len(idx), _addresses(idx), _addresses(ptr)),
         *(_addresses(val), _codes(val), _floats(alphas), out_ptr.data_ptr(), out_idx.data_ptr()),
         *(out_val.data_ptr(), workspace.data_ptr(), size, threads),
     )
     _check("merge", status)
     return out_idx, out_ptr, out_val
+
+
+def reduce(
+    lengths: Tensor, idx: Tensors, ptr: Tensors, val: Tensors, alphas: Sequence[float]
+) -> tuple[Tensor, ...]:
+    out_ptr = _union("reduce", lengths.shape[0], idx, ptr)
+    nnz = int(out_ptr[-1])
+    out_idx = torch.empty(nnz, dtype=torch.uint16)
+    sums = [torch.empty(nnz, dtype=torch.float32) for _ in range(4)]
+    counts = [torch.empty(nnz, dtype=torch.int16) for _ in range(3)]
+    status = _library().sft_cpu_reduce(
+        *(lengths.shape[0], len(idx), _addresses(idx), _addresses(ptr)),
+        *(_addresses(val), _codes(val), _floats(alphas), out_ptr.data_ptr(), out_idx.data_ptr()),
+        *(x.data_ptr() for x in (*sums, *counts)),
+        _threads(),
+    )
+    _check("reduce", status)
+    return (out_idx, out_ptr, *sums, *counts)
+
+
+def _union(op: str, n: int, idx: Tensors, ptr: Tensors) -> Tensor:
+    """ptr of the union of some supports over n tiles."""
+    _require_ends(op, idx, ptr)
+    library, threads = _library(), _threads()
+    size = library.sft_cpu_merge_workspace_bytes(len(idx), threads)
+    workspace = _workspace(size)
+    out_ptr = torch.zeros(n + 1, dtype=torch.int64)
+    status = library.sft_cpu_merge_count(
+        *(n, len(idx), _addresses(idx), _addresses(ptr)),
+        *(out_ptr.data_ptr(), workspace.data_ptr(), size, threads),
+    )
+    _check(op, status)
+    return out_ptr
 
 
 def overlap(

@@ -9,6 +9,7 @@ definition in plain torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -335,6 +336,55 @@ def merge(
         idx, ptr and fp32 values of the union. Entries that cancel stay, as zeros.
     """
     return _OPS.merge(lengths, list(idx), list(ptr), list(val), list(alphas))  # type: ignore[no-any-return]
+
+
+class Reduction(NamedTuple):
+    """What several deltas say of each entry of their union; x_j = fl32(α_j·φ_j).
+
+    Attributes:
+        idx: uint16 [nnz], the union.
+        ptr: int64 [tiles + 1], of the union.
+        total: fp32 [nnz], Σ x_j in the order given, as of `merge`.
+        positive: fp32 [nnz], Σ of the x_j > 0.
+        negative: fp32 [nnz], Σ of the x_j < 0.
+        largest: fp32 [nnz], the x_j of largest magnitude; of x and −x the positive one.
+        count: int16 [nnz], deltas that have the entry.
+        n_positive: int16 [nnz], of those, with x_j > 0.
+        n_negative: int16 [nnz], of those, with x_j < 0.
+    """
+
+    idx: Tensor
+    ptr: Tensor
+    total: Tensor
+    positive: Tensor
+    negative: Tensor
+    largest: Tensor
+    count: Tensor
+    n_positive: Tensor
+    n_negative: Tensor
+
+
+def reduce(
+    lengths: Tensor,
+    idx: Sequence[Tensor],
+    ptr: Sequence[Tensor],
+    val: Sequence[Tensor],
+    alphas: Sequence[float],
+) -> Reduction:
+    """What sparse deltas say of each entry that any of them has: the sums, counts and largest value
+    that rules of merging are made of; nothing dense is built.
+
+    Args:
+        lengths: int32 [tiles], elements of each tile.
+        idx: One uint16 vector per delta; at most 32,767 deltas.
+        ptr: One int64 [tiles + 1] per delta.
+        val: One vector per delta (fp32, bf16 or fp16).
+        alphas: One finite weight per delta.
+
+    Returns:
+        The union of the supports, and seven vectors beside it.
+    """
+    return Reduction(*_OPS.reduce(lengths, list(idx), list(ptr), list(val), list(alphas)))
 
 
 def overlap(

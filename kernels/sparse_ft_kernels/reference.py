@@ -490,22 +490,51 @@ def merge(
     lengths: Tensor, idx: Tensors, ptr: Tensors, val: Tensors, alphas: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The union of the supports, with the fp32 sum of alpha * val in the order given."""
+    union, out_ptr, places = _union(lengths, idx, ptr)
+    acc = torch.zeros(len(union), dtype=torch.float32, device=lengths.device)
+    for at, v, alpha in zip(places, val, alphas, strict=True):
+        acc[at] = acc[at] + v.to(torch.float32) * alpha
+    return union, out_ptr, acc
+
+
+def reduce(
+    lengths: Tensor, idx: Tensors, ptr: Tensors, val: Tensors, alphas: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """The union of the supports; of alpha * val there: sums of all, of the positive, of the
+    negative, the largest magnitude; how many, how many positive, how many negative."""
+    union, out_ptr, places = _union(lengths, idx, ptr)
+    n, device = len(union), lengths.device
+    total, positive, negative, largest = (torch.zeros(n, device=device) for _ in range(4))
+    count, n_positive, n_negative = (
+        torch.zeros(n, dtype=torch.int16, device=device) for _ in range(3)
+    )
+    for at, v, alpha in zip(places, val, alphas, strict=True):
+        x = v.to(torch.float32) * alpha
+        zero, most = torch.zeros_like(x), largest[at]
+        total[at] = total[at] + x
+        positive[at] = positive[at] + torch.where(x > 0, x, zero)
+        negative[at] = negative[at] + torch.where(x < 0, x, zero)
+        larger = (x.abs() > most.abs()) | ((x.abs() == most.abs()) & (x > most))
+        largest[at] = torch.where(larger, x, most)
+        count[at] += 1
+        n_positive[at] += x > 0
+        n_negative[at] += x < 0
+    return union, out_ptr, total, positive, negative, largest, count, n_positive, n_negative
+
+
+def _union(lengths: Tensor, idx: Tensors, ptr: Tensors) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """idx and ptr of the union of the supports, and where the entries of each lie in it."""
     tiles = lengths.shape[0]
     base = torch.arange(tiles, device=lengths.device) * TILE
     keys = [
         _offsets(i) + torch.repeat_interleave(base, p[1:] - p[:-1])
         for i, p in zip(idx, ptr, strict=True)
     ]
-    if not keys:
-        keys = [torch.empty(0, dtype=torch.int64, device=lengths.device)]
-    union = torch.unique(torch.cat(keys), sorted=True)
-    acc = torch.zeros(len(union), dtype=torch.float32, device=lengths.device)
-    for key, v, alpha in zip(keys, val, alphas, strict=False):
-        at = torch.searchsorted(union, key)
-        acc[at] = acc[at] + v.to(torch.float32) * alpha
+    union = torch.unique(torch.cat([base[:0], *keys]), sorted=True)
     out_ptr = torch.zeros(tiles + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(torch.bincount(union // TILE, minlength=tiles), 0, out=out_ptr[1:])
-    return (union % TILE).to(torch.uint16), out_ptr, acc
+    places = [torch.searchsorted(union, key) for key in keys]
+    return (union % TILE).to(torch.uint16), out_ptr, places
 
 
 def overlap(
