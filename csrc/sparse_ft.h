@@ -196,14 +196,14 @@ SFT_API int32_t sft_cpu_merge_fill(int64_t n_tiles, int32_t n_deltas, const uint
  * x_j = fl(alpha_j * fp32(val_j)) of the deltas j that have the entry, in the order given, all sums in binary32 from +0:
  *   total = sum of x_j;   positive = sum of the x_j > 0;   negative = sum of the x_j < 0
  *   largest = the x_j of largest magnitude, of x and -x the positive one (+0 where all are 0 or NaN)
- *   count, n_positive, n_negative = how many have it, with x_j > 0, with x_j < 0; so n_deltas is at most 32767.
+ *   n_present, n_positive, n_negative = how many have it, with x_j > 0, with x_j < 0; so n_deltas is at most 32767.
  * out_idx and each of the seven: [out_ptr[n_tiles]].
  */
 SFT_API int32_t sft_cpu_reduce(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx,
                                const int64_t *const *ptr, const void *const *val,
                                const int32_t *val_dtype, const float *alpha, const int64_t *out_ptr,
                                uint16_t *out_idx, float *total, float *positive, float *negative,
-                               float *largest, int16_t *count, int16_t *n_positive,
+                               float *largest, int16_t *n_present, int16_t *n_positive,
                                int16_t *n_negative, int32_t threads);
 
 /* overlap: per tile, counts [n_tiles, 2] = entries in both, of those with the same sign (both > 0 or both < 0);

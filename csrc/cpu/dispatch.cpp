@@ -239,10 +239,10 @@ int32_t sft_cpu_merge_fill(int64_t n_tiles, int32_t n_deltas, const uint16_t *co
 int32_t sft_cpu_reduce(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx,
                        const int64_t *const *ptr, const void *const *val, const int32_t *val_dtype,
                        const float *alpha, const int64_t *out_ptr, uint16_t *out_idx, float *total,
-                       float *positive, float *negative, float *largest, int16_t *count,
+                       float *positive, float *negative, float *largest, int16_t *n_present,
                        int16_t *n_positive, int16_t *n_negative, int32_t threads) {
   return table()->reduce(n_tiles, n_deltas, idx, ptr, val, val_dtype, alpha, out_ptr, out_idx,
-                         total, positive, negative, largest, count, n_positive, n_negative,
+                         total, positive, negative, largest, n_present, n_positive, n_negative,
                          threads);
 }
 

@@ -11,23 +11,23 @@ namespace {
 // The results from some entry on.
 struct Results {
   float *total, *positive, *negative, *largest;
-  int16_t *count, *n_positive, *n_negative;
+  int16_t *n_present, *n_positive, *n_negative;
 
   Results from(int64_t e) const {
-    return {total + e, positive + e,   negative + e,  largest + e,
-            count + e, n_positive + e, n_negative + e};
+    return {total + e,     positive + e,   negative + e,  largest + e,
+            n_present + e, n_positive + e, n_negative + e};
   }
 
   void clear(int64_t n) const {
     float *const sums[] = {total, positive, negative, largest};
-    int16_t *const counts[] = {count, n_positive, n_negative};
+    int16_t *const counts[] = {n_present, n_positive, n_negative};
     for (float *x : sums) memset(x, 0, static_cast<size_t>(n) * sizeof(float));
     for (int16_t *x : counts) memset(x, 0, static_cast<size_t>(n) * sizeof(int16_t));
   }
 
   void prefer_huge(int64_t n) const {
     float *const sums[] = {total, positive, negative, largest};
-    int16_t *const counts[] = {count, n_positive, n_negative};
+    int16_t *const counts[] = {n_present, n_positive, n_negative};
     for (float *x : sums) prefer_huge_pages(x, n * int64_t{sizeof(float)});
     for (int16_t *x : counts) prefer_huge_pages(x, n * int64_t{sizeof(int16_t)});
   }
@@ -39,7 +39,7 @@ struct Results {
     positive[at] = positive[at] + (x > 0 ? x : 0.0f);
     negative[at] = negative[at] + (x < 0 ? x : 0.0f);
     largest[at] = (size > most_size) | ((size == most_size) & (x > most)) ? x : most;
-    count[at] = static_cast<int16_t>(count[at] + 1);
+    n_present[at] = static_cast<int16_t>(n_present[at] + 1);
     n_positive[at] = static_cast<int16_t>(n_positive[at] + (x > 0));
     n_negative[at] = static_cast<int16_t>(n_negative[at] + (x < 0));
   }
@@ -50,7 +50,7 @@ struct Results {
     for (int64_t i = 0; i < n; ++i) positive[i] = total[i] > 0 ? total[i] : 0.0f;
     for (int64_t i = 0; i < n; ++i) negative[i] = total[i] < 0 ? total[i] : 0.0f;
     for (int64_t i = 0; i < n; ++i) largest[i] = total[i] == total[i] ? total[i] : 0.0f;
-    for (int64_t i = 0; i < n; ++i) count[i] = 1;
+    for (int64_t i = 0; i < n; ++i) n_present[i] = 1;
     for (int64_t i = 0; i < n; ++i) n_positive[i] = total[i] > 0;
     for (int64_t i = 0; i < n; ++i) n_negative[i] = total[i] < 0;
   }
@@ -61,14 +61,14 @@ struct Results {
 int32_t reduce(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx,
                const int64_t *const *ptr, const void *const *val, const int32_t *val_dtype,
                const float *alpha, const int64_t *out_ptr, uint16_t *out_idx, float *total,
-               float *positive, float *negative, float *largest, int16_t *count,
+               float *positive, float *negative, float *largest, int16_t *n_present,
                int16_t *n_positive, int16_t *n_negative, int32_t threads) {
   int64_t nnz = 0;
   if (!valid_deltas(n_tiles, n_deltas, idx, ptr, &nnz) || !out_ptr || n_deltas > INT16_MAX) {
     return SFT_BAD_ARGUMENT;
   }
   if (nnz == 0) return SFT_OK;
-  if (!out_idx || !total || !positive || !negative || !largest || !count || !n_positive ||
+  if (!out_idx || !total || !positive || !negative || !largest || !n_present || !n_positive ||
       !n_negative || !val || !val_dtype || !alpha) {
     return SFT_BAD_ARGUMENT;
   }
@@ -76,7 +76,7 @@ int32_t reduce(int64_t n_tiles, int32_t n_deltas, const uint16_t *const *idx,
     if (!known_dtype(val_dtype[j]) || (ptr[j][n_tiles] > 0 && !val[j])) return SFT_BAD_ARGUMENT;
   }
 
-  const Results out{total, positive, negative, largest, count, n_positive, n_negative};
+  const Results out{total, positive, negative, largest, n_present, n_positive, n_negative};
   out.prefer_huge(out_ptr[n_tiles]);
   prefer_huge_pages(out_idx, out_ptr[n_tiles] * int64_t{sizeof(uint16_t)});
   for_each(n_tiles, threads, nnz, [&](int64_t t, int32_t) {

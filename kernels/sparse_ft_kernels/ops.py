@@ -348,7 +348,7 @@ class Reduction(NamedTuple):
         positive: fp32 [nnz], Σ of the x_j > 0.
         negative: fp32 [nnz], Σ of the x_j < 0.
         largest: fp32 [nnz], the x_j of largest magnitude; of x and −x the positive one.
-        count: int16 [nnz], deltas that have the entry.
+        n_present: int16 [nnz], deltas that have the entry.
         n_positive: int16 [nnz], of those, with x_j > 0.
         n_negative: int16 [nnz], of those, with x_j < 0.
     """
@@ -359,7 +359,7 @@ class Reduction(NamedTuple):
     positive: Tensor
     negative: Tensor
     largest: Tensor
-    count: Tensor
+    n_present: Tensor
     n_positive: Tensor
     n_negative: Tensor
 

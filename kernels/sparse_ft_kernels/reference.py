@@ -188,24 +188,24 @@ def select_topk(
     )
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """A 64-bit pattern as the int64 that torch can hold."""
     value &= 0xFFFFFFFFFFFFFFFF
     return value - (1 << 64) if value >> 63 else value
 
 
-_POSITION = _signed(0x9E3779B97F4A7C15)
-_PAYLOAD = _signed(0xD1342543DE82EF95)
+_POSITION = signed(0x9E3779B97F4A7C15)
+_PAYLOAD = signed(0xD1342543DE82EF95)
 
 
-def _shift(z: Tensor, bits: int) -> Tensor:
+def shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift(z, 31)
+def mix(z: Tensor) -> Tensor:
+    z = (z ^ shift(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shift(z, 27)) * signed(0x94D049BB133111EB)
+    return z ^ shift(z, 31)
 
 
 def select_random(
@@ -214,12 +214,12 @@ def select_random(
     """k entries at random: the top k by a hash of (seed, tile, offset)."""
     numels = [t.numel() for t in like]
     device = like[0].device if like else torch.device("cpu")
-    start = _signed(seed * 0xD1342543DE82EF95)
+    start = signed(seed * 0xD1342543DE82EF95)
 
     def key_of(i: int) -> Tensor:
         first = n_tiles(numels[:i]) * TILE
         position = torch.arange(first + 1, first + numels[i] + 1, device=device)
-        return _shift(_mix(start + position * _POSITION), 33).to(torch.int32)
+        return shift(mix(start + position * _POSITION), 33).to(torch.int32)
 
     idx, ptr, _ = _select(numels, key_of, k, exclude_idx, exclude_ptr, False, device, finite=False)
     return idx, ptr
@@ -505,7 +505,7 @@ def reduce(
     union, out_ptr, places = _union(lengths, idx, ptr)
     n, device = len(union), lengths.device
     total, positive, negative, largest = (torch.zeros(n, device=device) for _ in range(4))
-    count, n_positive, n_negative = (
+    n_present, n_positive, n_negative = (
         torch.zeros(n, dtype=torch.int16, device=device) for _ in range(3)
     )
     for at, v, alpha in zip(places, val, alphas, strict=True):
@@ -516,10 +516,10 @@ def reduce(
         negative[at] = negative[at] + torch.where(x < 0, x, zero)
         larger = (x.abs() > most.abs()) | ((x.abs() == most.abs()) & (x > most))
         largest[at] = torch.where(larger, x, most)
-        count[at] += 1
+        n_present[at] += 1
         n_positive[at] += x > 0
         n_negative[at] += x < 0
-    return union, out_ptr, total, positive, negative, largest, count, n_positive, n_negative
+    return union, out_ptr, total, positive, negative, largest, n_present, n_positive, n_negative
 
 
 def _union(lengths: Tensor, idx: Tensors, ptr: Tensors) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -573,7 +573,7 @@ def digest(weights: Tensors, idx: Tensor, ptr: Tensor) -> Tensor:
     values = _read(weights, numels, idx, ptr)
     full = values.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     half = values.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
-    sums = [_mix(position * _POSITION + bits * _PAYLOAD).sum() for bits in (full, half)]
+    sums = [mix(position * _POSITION + bits * _PAYLOAD).sum() for bits in (full, half)]
     return torch.stack(sums)
 
 
