@@ -159,7 +159,7 @@ def priority(terms: Terms) -> Entries:
     """αφ of the first delta given that has the entry."""
     idx, ptr, val = terms.sum()
     union = _keys(idx, ptr)
-    for i, p, v, alpha in reversed(list(zip(*_columns(terms), strict=True))):
+    for i, p, v, alpha in reversed(_columns(terms)):
         # + 0 turns −0 into +0, as in a sum that starts from +0.
         val[torch.searchsorted(union, _keys(i, p))] = v.to(torch.float32) * alpha + 0.0
     return idx, ptr, val
@@ -227,7 +227,7 @@ def consensus(terms: Terms, *, k: int = 2, threshold: float = 1.0) -> Entries:
     idx, ptr, val = terms.sum()
     union = _keys(idx, ptr)
     votes = torch.zeros(len(val), dtype=torch.int32, device=val.device)
-    for i, p, v, alpha in zip(*_columns(terms), strict=True):
+    for i, p, v, alpha in _columns(terms):
         at = torch.searchsorted(union, _keys(i, p))
         own = v.to(torch.float32) * _sign(alpha)
         votes[at] += own.abs() >= (val[at] - own).abs() * threshold
@@ -285,7 +285,7 @@ def della(
         scale: As in "ties".
     """
     _number("della", "p", p, 0.0, 1.0, open_high=True)
-    _number("della", "epsilon", epsilon, 0.0, 2 * min(p, 1 - p))
+    _number("della", "epsilon", epsilon, 0.0, round(2 * min(p, 1 - p), 12))
     _check_seed("della", seed)
     _one_of("della", "scope", scope, ("row", "tensor"))
     kept, val = [], []
@@ -339,18 +339,18 @@ def _elected(name: str, terms: Terms, elect: str, divisor: str, scale: float) ->
     if divisor == "count":
         val = val / torch.where(up, found.n_positive, found.n_negative).clamp(min=1)
     elif divisor == "weight":
-        # The sums of α·sign(φ) by its sign are those of |α|.
-        shares = replace(terms, val=[v.sign() for v in terms.val]).reduce()
+        # The terms |α|·sign(x): their sums are those of |α|.
+        signs = [(v.to(torch.float32) * alpha).sign() for *_, v, alpha in _columns(terms)]
+        shares = replace(terms, val=signs, alphas=[abs(alpha) for alpha in terms.alphas]).reduce()
         weight = torch.where(up, shares.positive, -shares.negative)
         val = val / torch.where(weight > 0, weight, 1.0)
     silent = (found.n_positive == 0) & (found.n_negative == 0)
     return _kept(found.idx, found.ptr, val * scale, (lead != 0) | silent)
 
 
-def _columns(
-    terms: Terms,
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[float]]:
-    return terms.idx, terms.ptr, terms.val, terms.alphas
+def _columns(terms: Terms) -> list[tuple[Tensor, Tensor, Tensor, float]]:
+    """idx, ptr, val and weight of one delta after the other."""
+    return list(zip(terms.idx, terms.ptr, terms.val, terms.alphas, strict=True))
 
 
 def _sign(alpha: float) -> float:

@@ -29,6 +29,7 @@ STEMS = {
     "restore_": "compose",
     "swap_": "compose",
     "merge": "merge",
+    "reduce": "reduce",
     "overlap": "overlap",
     "digest": "digest",
     "check_support": "check_support",

@@ -50,7 +50,7 @@ TILES = 256  # tiles a program of the ptr kernel
 
 
 @triton.jit
-def _owned_before(table_ptr, starts_ptr, width, delta, x, mask, BLOCK: tl.constexpr):
+def owned_before(table_ptr, starts_ptr, width, delta, x, mask, BLOCK: tl.constexpr):
     """Entries that a delta owns among its first x."""
     running_ptr = tl.load(table_ptr + delta * FIELDS + UNDO).to(tl.pointer_type(tl.int16))
     some = mask & (x > 0)
@@ -117,7 +117,7 @@ def _ptr_kernel(
     while i < count:
         ptr_ptr = tl.load(table_ptr + i * FIELDS + PTR).to(tl.pointer_type(tl.int64))
         x = tl.load(ptr_ptr + tile, mask=mask, other=0)
-        before += _owned_before(table_ptr, starts_ptr, most + 1, i, x, mask, BLOCK)
+        before += owned_before(table_ptr, starts_ptr, most + 1, i, x, mask, BLOCK)
         i += 1
     tl.store(out_ptr + tile, before, mask=mask)
 
@@ -155,7 +155,7 @@ def _fill_block(
         while i < count:
             if i != delta:
                 at, found = look_up(table_ptr, i, tile, offset, mine)
-                place += _owned_before(table_ptr, starts_ptr, most + 1, i, at, mine, BLOCK)
+                place += owned_before(table_ptr, starts_ptr, most + 1, i, at, mine, BLOCK)
                 if i < delta:
                     mine = mine & (found == 0)
                 else:
@@ -192,37 +192,68 @@ def _fill_kernel(
         )
 
 
+class Union:
+    """The union of the supports of some deltas: who owns what, counted.
+
+    Args:
+        lengths: int32 [tiles].
+        idx: uint16 [nnz] of each delta.
+        ptr: int64 [tiles + 1] of each.
+        val: Values of each.
+        alphas: Weight of each.
+
+    Attributes:
+        ptr: int64 [tiles + 1], of the union.
+        nnz: Its entries.
+        programs: Programs that deal() serves.
+        arguments: The first arguments of a kernel that fills results in, up to `starts_ptr`.
+        shape: Its constants, but CODES.
+        codes: CODES.
+    """
+
+    def __init__(
+        self, lengths: Tensor, idx: Tensors, ptr: Tensors, val: Tensors, alphas: Sequence[float]
+    ) -> None:
+        device, tiles = lengths.device, lengths.shape[0]
+        block = block_for(idx)
+        # Kernels know these by their addresses alone: they must live until the last launch.
+        self._running = [torch.empty(i.shape[0], dtype=torch.int16, device=device) for i in idx]
+        self._deltas = deltas = DeltaTable(idx, ptr, val, alphas, self._running, block, device)
+        starts = torch.zeros(max(1, len(idx)), deltas.most + 1, dtype=torch.int64, device=device)
+        table = (deltas.rows, len(idx), deltas.most)
+        self.programs, self.codes = deltas.programs, deltas.codes
+        self.shape = {"MANY": len(idx) > 1, "ALIGNED": deltas.aligned, "BLOCK": block}
+        launch(
+            *(_count_kernel, deltas.programs, *table, starts),
+            num_warps=NUM_WARPS_MANY,
+            **self.shape,
+        )
+        starts = torch.cumsum(starts, 1)
+        self.arguments = (*table, starts)
+        self.ptr = torch.empty(tiles + 1, dtype=torch.int64, device=device)
+        launch(
+            _ptr_kernel,
+            *(tiles // TILES + 1, *self.arguments, self.ptr, tiles),
+            BLOCK=block,
+            TILES=TILES,
+        )
+        self.nnz = int(self.ptr[-1])
+
+
 def merge(
     lengths: Tensor, idx: Tensors, ptr: Tensors, val: Tensors, alphas: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The union of the supports, with the fp32 sum of alpha * val in the order given."""
-    device, tiles = lengths.device, lengths.shape[0]
-    block = block_for(idx)
-    running = [torch.empty(i.shape[0], dtype=torch.int16, device=device) for i in idx]
-    deltas = DeltaTable(idx, ptr, val, alphas, running, block, device)
-    starts = torch.zeros(max(1, len(idx)), deltas.most + 1, dtype=torch.int64, device=device)
-    table = (deltas.rows, len(idx), deltas.most)
-    shape = {"MANY": len(idx) > 1, "ALIGNED": deltas.aligned, "BLOCK": block}
-    launch(_count_kernel, deltas.programs, *table, starts, num_warps=NUM_WARPS_MANY, **shape)
-    starts = torch.cumsum(starts, 1)
-    out_ptr = torch.empty(tiles + 1, dtype=torch.int64, device=device)
+    union = Union(lengths, idx, ptr, val, alphas)
+    out_idx = torch.empty(union.nnz, dtype=torch.uint16, device=lengths.device)
+    out_val = torch.empty(union.nnz, dtype=torch.float32, device=lengths.device)
     launch(
-        _ptr_kernel,
-        *(tiles // TILES + 1, *table, starts, out_ptr, tiles),
-        BLOCK=block,
-        TILES=TILES,
-    )
-    nnz = int(out_ptr[-1])
-    out_idx = torch.empty(nnz, dtype=torch.uint16, device=device)
-    out_val = torch.empty(nnz, dtype=torch.float32, device=device)
-    launch(
-        _fill_kernel,
-        *(deltas.programs, *table, starts, out_idx, out_val),
+        *(_fill_kernel, union.programs, *union.arguments, out_idx, out_val),
         num_warps=NUM_WARPS_MANY,
-        CODES=deltas.codes,
-        **shape,
+        CODES=union.codes,
+        **union.shape,
     )
-    return out_idx, out_ptr, out_val
+    return out_idx, union.ptr, out_val
 
 
 def variants() -> list[Variant]:
