@@ -63,9 +63,9 @@ def check(lengths, parts, alphas) -> None:
         assert_bits(vector, same)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["empty", "no-elements", "one", "65537", "many"])
+@pytest.mark.parametrize("name", ["empty", "one", "65537", "many"])
 def test_against_a_dictionary(backend, name, dtype, count):
     generator = rng(name, dtype, count)
     sizes = numels(tensors(MODELS[name], generator))
@@ -74,7 +74,7 @@ def test_against_a_dictionary(backend, name, dtype, count):
         idx, ptr, _ = random_support(sizes, 0.02, generator)
         parts.append((idx, ptr, torch.randn(len(idx), generator=generator).to(dtype)))
     assert n_tiles(sizes) == len(lengths_of(sizes))
-    check(lengths_of(sizes), parts, [1.0, -0.3, 0.7, 1.5, -2.0][:count])
+    check(lengths_of(sizes), parts, [1.0, -0.3, 0.7, -1.5][:count])
 
 
 def test_values_of_several_types_in_scattered_tiles(backend):

@@ -466,6 +466,73 @@ def merge(setting: Setting) -> Case:
     )
 
 
+@case("reduce", input_bytes=lambda s: 5 * s.numel + 120 * s.nnz)
+def reduce(setting: Setting) -> Case:
+    """What two sparse fine-tunings say of each entry: the sums and counts of merging rules."""
+    model = inputs.tensors(setting, 0)
+    deltas = Deltas(setting, model, 2)
+    lengths = lengths_of(setting, model)
+
+    def ours() -> ops.Reduction:
+        return ops.reduce(lengths, deltas.idx, deltas.ptr, deltas.val, deltas.alphas)
+
+    def of_tensor(terms: Tensor) -> tuple[Tensor, ...]:
+        """The same, of the dense terms of one parameter, [2, elements]."""
+        up, down = terms > 0, terms < 0
+        sums = (terms.sum(0), (terms * up).sum(0), (terms * down).sum(0))
+        return (*sums, terms.abs().max(0).values, up.sum(0), down.sum(0))
+
+    def dense() -> Job:
+        values = [
+            v.split([len(i) for i in at]) for v, at in zip(deltas.val, deltas.at, strict=True)
+        ]
+
+        def run() -> list[tuple[Tensor, ...]]:
+            found = []
+            for j, w in enumerate(model):
+                terms = torch.zeros(2, w.numel(), device=w.device)
+                for row, at, pieces in zip(terms, deltas.at, values, strict=True):
+                    row[at[j]] = pieces[j]
+                found.append(of_tensor(terms))
+            return found
+
+        return run
+
+    def check(result: Any) -> None:
+        found = ours()
+        at = inputs.positions(model, found.idx, found.ptr)
+        sizes = [len(i) for i in at]
+        size = found.largest.abs()
+        columns = (*found[2:5], size, found.n_positive, found.n_negative)
+        for column, vector in enumerate(columns):
+            for i, mine, peer in zip(at, vector.split(sizes), result, strict=True):
+                assert torch.equal(mine, peer[column][i].to(mine.dtype))
+
+    def verify() -> None:
+        found = ours()
+        for mine, other in zip(
+            found, ops.merge(lengths, *deltas.new[:3], deltas.alphas), strict=False
+        ):
+            assert torch.equal(mine.view(torch.int16), other.view(torch.int16))
+        assert int(found.n_present.sum()) == sum(len(i) for i in deltas.idx)
+
+    return Case(
+        "reduce",
+        setting,
+        OPS["reduce"].bytes_moved(lengths, deltas.idx, deltas.ptr, deltas.val, deltas.alphas),
+        {
+            "sparse_ft": Provider(lambda: ours),
+            "dense terms": Provider(
+                dense,
+                "dense differences, one parameter at a time (mergekit, PEFT, FusionBench)",
+                check,
+                40 * max(w.numel() for w in model) + 28 * setting.numel,
+            ),
+        },
+        verify,
+    )
+
+
 def _one(deltas: Deltas, which: int) -> Deltas:
     """One of the deltas in fp32, for merging."""
     out = copy.copy(deltas)

@@ -173,12 +173,10 @@ def reduce(
 
 def variants() -> list[Variant]:
     """The kernels as compiled ahead of time."""
-    signature = {
-        **{"table_ptr": "*i64", "count": "i32", "most": "i32", "starts_ptr": "*i64"},
-        **{"out_idx_ptr": "*u16", "total_ptr": "*fp32", "positive_ptr": "*fp32"},
-        **{"negative_ptr": "*fp32", "largest_ptr": "*fp32", "n_present_ptr": "*i16"},
-        **{"n_positive_ptr": "*i16", "n_negative_ptr": "*i16"},
-    }
+    table = {"table_ptr": "*i64", "count": "i32", "most": "i32", "starts_ptr": "*i64"}
+    sums = dict.fromkeys(("total_ptr", "positive_ptr", "negative_ptr", "largest_ptr"), "*fp32")
+    counts = dict.fromkeys(("n_present_ptr", "n_positive_ptr", "n_negative_ptr"), "*i16")
+    signature = {**table, "out_idx_ptr": "*u16", **sums, **counts}
     return [
         Variant(
             f"reduce {name} {kind}",
