@@ -34,7 +34,7 @@ from .metadata import check_name, short
 from .select import _chosen, select
 from .tiles import Support
 
-__all__ = ["Checkpoint", "diff", "export"]
+__all__ = ["Checkpoint", "check_fit", "diff", "export"]
 
 # Where a model's weights are in a folder, in the order in which transformers looks.
 WEIGHTS = "model.safetensors"
@@ -487,6 +487,15 @@ def export(
         if os.path.isdir(source.path):
             _copy_beside(source.path, folder, dtype)
     return os.fsdecode(out)
+
+
+def check_fit(base: Checkpoint, delta: SparseDelta) -> None:
+    """Checks that a delta belongs to a checkpoint, as `export` does: names, shapes, ties, digest.
+
+    Raises:
+        SFTError: It does not; the message names the tensor.
+    """
+    _Plan(base, [delta], [1.0], [], None, False)
 
 
 def _arguments(
