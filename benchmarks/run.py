@@ -72,6 +72,7 @@ def _default(device: str) -> Plan:
             ("overlap", "xlmr-base", 0.028, {}),
             ("check_support", "xlmr-base", 0.028, {}),
             ("digest", "xlmr-base", 0.028, {}),
+            ("hash_pieces", "xlmr-base", 0.028, {}),
             ("load", "xlmr-base", 0.028, {}),
             ("training_step", "xlmr-base", 0.028, {}),
         ]

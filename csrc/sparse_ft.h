@@ -32,6 +32,7 @@ extern "C" {
 #define SFT_ABI_VERSION 1
 #define SFT_TILE 65536
 #define SFT_SUM_RUN 1024
+#define SFT_HASH_PIECE 65536
 
 typedef enum { SFT_F32 = 0, SFT_BF16 = 1, SFT_F16 = 2 } sft_dtype;
 
@@ -239,6 +240,11 @@ SFT_API int32_t sft_cpu_digest(const sft_tiles *w, const uint16_t *idx, const in
 SFT_API int32_t sft_cpu_check_support(const int32_t *length, int64_t n_tiles, const uint16_t *idx,
                                       const int64_t *ptr, int64_t nnz, const void *val,
                                       int32_t val_dtype, int64_t *info, int32_t threads);
+
+/* hash_pieces: out [ceil(n / SFT_HASH_PIECE), 32] = BLAKE2b-256 (RFC 7693: no key, sequential) of each piece of SFT_HASH_PIECE
+ * bytes of data [n]; the last piece may be shorter. n = 0: no piece.
+ */
+SFT_API int32_t sft_cpu_hash_pieces(const uint8_t *data, int64_t n, uint8_t *out, int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -385,14 +385,26 @@ class SparseDelta:
         return save(self, path)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> SparseDelta:
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        mmap: bool = False,
+    ) -> SparseDelta:
         """Reads a delta from a file, a folder or the Hugging Face Hub; everything in it is checked.
 
         Args:
-            source: A file; a folder with a file `sft.safetensors`; or, where there is no such path,
-                the id of a Hub repository, "owner/name", which is fetched into the local cache
-                (needs huggingface_hub).
+            source: A `.safetensors` file; a `pytorch_diff.bin` of the LT-SFT reference
+                implementation; a folder with a file `sft.safetensors`, or else `pytorch_diff.bin`;
+                or, where there is no such path, the id of a Hub repository, "owner/name", which is
+                fetched into the local cache (needs huggingface_hub).
             revision: Branch, tag or commit of a Hub repository.
+            mmap: Map the file, copy on write, instead of reading it into memory of its own:
+                processes that load it share its pages. Only for files that nobody writes to
+                afterwards: changes would go unseen, and a file cut short ends the process. `save`
+                may replace it, since what is mapped then stays. A `pytorch_diff.bin` must be
+                decoded, and is not mapped.
 
         Raises:
             SFTFileError: The source is missing, foreign, damaged or malformed; the message says
@@ -409,7 +421,7 @@ class SparseDelta:
                 )
         elif looks_like_repository(source):
             source = download(str(source), revision)
-        return load(source)
+        return load(source, mmap=mmap)
 
     def push_to_hub(
         self,

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import secrets
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_ft_kernels import check_support
+from sparse_ft_kernels import check_support, hash_pieces
 
 from .delta import DTYPE_NAMES, SparseDelta
 from .metadata import (
@@ -128,8 +129,8 @@ class _Array(NamedTuple):
     data: np.ndarray
 
     @property
-    def raw(self) -> memoryview:
-        return self.data.reshape(-1).view(np.uint8).data
+    def raw(self) -> np.ndarray:
+        return self.data.reshape(-1).view(np.uint8)
 
 
 def _arrays(delta: SparseDelta) -> dict[str, _Array]:
@@ -155,12 +156,12 @@ def _bits(tensor: Tensor) -> np.ndarray:
 
 
 def content_hash(text: str, delta: SparseDelta) -> str:
-    """BLAKE2b-256 over the canonical content document, then name, type, shape and bytes of each
-    tensor."""
+    """BLAKE2b-256 over the canonical content document, then name, type, shape and the hashes of the
+    pieces of each tensor."""
     state = hashlib.blake2b(text.encode("ascii"), digest_size=32)
     for name, array in _arrays(delta).items():
         state.update(canonical([name, array.dtype, list(array.shape)]).encode("ascii"))
-        state.update(array.raw)
+        state.update(hash_pieces(torch.from_numpy(array.raw)).numpy().data)
     return state.hexdigest()
 
 
@@ -211,7 +212,7 @@ def save(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
             file.write(len(header).to_bytes(8, "little"))
             file.write(header)
             for array in arrays:
-                file.write(array.raw)
+                file.write(array.raw.data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, real)
@@ -253,20 +254,27 @@ def _header(delta: SparseDelta) -> tuple[bytes, list[_Array]]:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> SparseDelta:
+def load(
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, mmap: bool = False
+) -> SparseDelta:
     """Reads and checks an SFT.
 
     Args:
         path: A file, or a folder with a file `sft.safetensors`.
         max_bytes: Larger files are refused before anything is allocated.
+        mmap: Map the file, copy on write, instead of reading it into memory of its own. It is
+            checked as ever, and processes that load it share its pages; but the delta is sound only
+            as long as nobody writes to the file: a change made after the check goes unseen, and
+            where the file is cut short the process dies (SIGBUS). A file that is replaced, as
+            `save` does it, stays whole for those who have it mapped.
 
     Returns:
-        The delta, on the CPU, in memory of its own.
+        The delta, on the CPU, writable; in memory of its own unless `mmap`.
 
     Raises:
         SFTFileError: The file is missing, foreign, damaged or malformed.
     """
-    return _Reader(path, max_bytes).read()
+    return _Reader(path, max_bytes, mmap).read()
 
 
 class _Tensor(NamedTuple):
@@ -278,12 +286,23 @@ class _Tensor(NamedTuple):
     end: int
 
 
+# Gives the bytes of a tensor.
+_Read = Callable[[_Tensor], np.ndarray]
+
+
+def _tensor(read: _Read, entry: _Tensor) -> Tensor:
+    # Through integers of the same width: torch does not widen the type of an empty tensor.
+    integers = read(entry).view(f"i{_WIDTHS[entry.dtype]}")
+    return torch.from_numpy(integers).view(_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
 class _Reader:
     """One reading of one file. Rules are numbered as in docs/file-format.md."""
 
-    def __init__(self, path: str | os.PathLike[str], max_bytes: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], max_bytes: int, mmap: bool) -> None:
         self.path = _locate(path)
         self.max_bytes = max_bytes
+        self.mmap = mmap
         self.size = 0
         self.note = ""
 
@@ -322,21 +341,19 @@ class _Reader:
         document = self._document(text)
         layout, heads, meta = self._parameters(document)
         self._match(document, layout, heads, entries)
-        support, val = self._content(file, begin, entries, layout, document)
-        dense = {
-            name: self._tensor(file, begin, entries[f"dense.{i}"]) for i, name in enumerate(heads)
-        }
+        read = self._mapped(file, begin) if self.mmap else self._copied(file, begin)
+        support, val, zeros = self._content(read, entries, layout, document)
+        dense = {name: _tensor(read, entries[f"dense.{i}"]) for i, name in enumerate(heads)}
         for name, head in dense.items():
             if not torch.isfinite(head).all():
                 self.fail(f"dense: {name!r} holds NaN or infinite values")
-        meta = checked_meta(meta, layout, heads)
         delta = SparseDelta(support, val, dense, meta, check=False)
         if delta.content_id != document["content_id"]:
             self.fail(
                 f"content_id: the content has the id {delta.content_id}, and the file says "
                 f"{document['content_id']}; it was damaged or changed after it was written"
             )
-        self._warn(delta)
+        self._warn(delta, zeros)
         return delta
 
     # Rules 1 to 4: the header.
@@ -574,11 +591,8 @@ class _Reader:
             if item["role"] == "param":
                 meta.setdefault("dense_roles", {})[item["n"]] = "param"
         self._sorted("dense", heads)
-        return (
-            Layout(tuple(names), tuple(shapes)),
-            heads,
-            checked_meta(meta, Layout(tuple(names), tuple(shapes)), heads),
-        )
+        layout = Layout(tuple(names), tuple(shapes))
+        return layout, heads, checked_meta(meta, layout, heads)
 
     def _sorted(self, at: str, names: list[str]) -> None:
         for before, after in pairwise(names):
@@ -619,24 +633,23 @@ class _Reader:
 
     def _content(
         self,
-        file: BinaryIO,
-        begin: int,
+        read: _Read,
         entries: dict[str, _Tensor],
         layout: Layout,
         document: dict[str, Any],
-    ) -> tuple[Support, Tensor]:
+    ) -> tuple[Support, Tensor, int]:
+        """Support and values, and how many of these are 0."""
         nnz = document["nnz"]
-        raw = self._slice(file, begin, entries["ptr"])
+        raw = read(entries["ptr"])
         stored = raw.view("<u8" if entries["ptr"].dtype == "U64" else "<u4")
         if int(stored.max(initial=0)) > nnz:
             self.fail(f"ptr: runs to {int(stored.max()):,}, beyond nnz = {nnz:,}")
         ptr = stored.astype(np.int64)
         starts = ptr[layout.tile_starts]
-        idx = torch.from_numpy(self._slice(file, begin, entries["idx"]).view(np.int16))
-        idx = idx.view(torch.uint16)
-        val = self._tensor(file, begin, entries["val"])
+        idx = torch.from_numpy(read(entries["idx"]).view(np.int16)).view(torch.uint16)
+        val = _tensor(read, entries["val"])
         pointers = torch.from_numpy(ptr)
-        code, tile, entry, _ = check_support(layout.lengths, idx, pointers, val).tolist()
+        code, tile, entry, zeros = check_support(layout.lengths, idx, pointers, val).tolist()
         if code:
             where = ""
             if layout.n_tiles:
@@ -657,15 +670,24 @@ class _Reader:
                 self.fail(
                     f"params: {name!r} has k = {item['k']:,}, and ptr gives it {count:,} entries"
                 )
-        return Support(layout, idx, pointers, check=False), val
+        return Support(layout, idx, pointers, check=False), val, zeros
 
-    def _tensor(self, file: BinaryIO, begin: int, entry: _Tensor) -> Tensor:
-        # Through integers of the same width: torch does not widen the type of an empty tensor.
-        integers = self._slice(file, begin, entry).view(f"i{_WIDTHS[entry.dtype]}")
-        return torch.from_numpy(integers).view(_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+    def _copied(self, file: BinaryIO, begin: int) -> _Read:
+        return lambda entry: self._bytes(file, begin + entry.start, entry.end - entry.start)
 
-    def _slice(self, file: BinaryIO, begin: int, entry: _Tensor) -> np.ndarray:
-        return self._bytes(file, begin + entry.start, entry.end - entry.start)
+    def _mapped(self, file: BinaryIO, begin: int) -> _Read:
+        try:
+            mapped = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+        except ValueError:  # no longer so long
+            self.fail("became shorter while it was read")
+        data = np.frombuffer(mapped, np.uint8)[begin:]
+
+        def read(entry: _Tensor) -> np.ndarray:
+            raw = data[entry.start : entry.end]
+            # Other writers may begin a tensor between two elements.
+            return raw if (begin + entry.start) % _WIDTHS[entry.dtype] == 0 else raw.copy()
+
+        return read
 
     def _bytes(self, file: BinaryIO, start: int, size: int) -> np.ndarray:
         """Bytes that are there, in memory of our own."""
@@ -680,7 +702,7 @@ class _Reader:
             done += count
         return buffer
 
-    def _warn(self, delta: SparseDelta) -> None:
+    def _warn(self, delta: SparseDelta, zeros: int) -> None:
         if not delta.nnz:
             return
         low, high = (float(bound) for bound in torch.aminmax(delta.val))
@@ -690,7 +712,6 @@ class _Reader:
                 "rarely meant",
                 stacklevel=5,
             )
-        zeros = int((delta.val == 0).sum())
         if 2 * zeros > delta.nnz:
             warnings.warn(
                 f"{self.path}: {zeros:,} of {delta.nnz:,} values are 0 and change nothing",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ft_kernels import TILE, native, reference
+from sparse_ft_kernels import TILE, contract, native, reference
 from sparse_ft_kernels.tile_table import DTYPE_CODES
 
 HEADER = (Path(__file__).parents[1] / "csrc" / "sparse_ft.h").read_text()
@@ -68,6 +68,7 @@ def test_constants():
         return int(re.search(rf"{name}\s*=?\s*(\d+)", CODE).group(1))
 
     assert number("#define SFT_TILE") == TILE
+    assert number("#define SFT_HASH_PIECE") == contract.HASH_PIECE
     assert number("#define SFT_SUM_RUN") == native.SUM_RUN == reference.SUM_RUN
     assert number("#define SFT_ABI_VERSION") == native.ABI_VERSION
     assert [number(n) for n in ("SFT_MASTER_NONE", "SFT_MASTER_F32", "SFT_MASTER_SPLIT")] == [

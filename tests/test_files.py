@@ -1,6 +1,8 @@
 """The SFT file: what is written, what is read, and that nothing malformed gets in."""
 
 import contextlib
+import errno
+import io
 import json
 import os
 import re
@@ -25,6 +27,11 @@ import sparse_ft.files
 from sparse_ft.delta import SFTError, SparseDelta
 from sparse_ft.files import FILE_NAME, SFTFileError, describe, load
 from sparse_ft.tiles import Layout, Support
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
@@ -147,6 +154,64 @@ def test_loaded_tensors_are_private_and_writable(tmp_path):
     assert Path(path).read_bytes() == before
 
 
+# --- mapped ---
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1])
+def test_mapped_is_read(tmp_path, density):
+    delta = make(density=density, lang="sw")
+    delta = SparseDelta(delta.support, delta.val, heads(), delta.meta)
+    path = delta.save(tmp_path / "x.safetensors")
+    again = SparseDelta.load(path, mmap=True)
+    assert again == delta
+    assert again.content_id == delta.content_id
+
+
+def test_mapped_shares_the_file_until_it_is_written(tmp_path):
+    path = make().save(tmp_path / "x.safetensors")
+    before = Path(path).read_bytes()
+    delta, copy = load(path, mmap=True), load(path)
+    delta.val[1] = 7.0  # of our own now
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the last tensor is idx
+        file.write(b"\x12\x34")
+    assert delta.support.idx[-1] == 0x3412
+    assert copy.support.idx[-1] != 0x3412
+    assert Path(path).read_bytes()[:-2] == before[:-2]
+
+
+def test_mapped_files_survive_a_save(tmp_path):
+    path = make(seed=1).save(tmp_path / "x.safetensors")
+    delta = load(path, mmap=True)
+    make(seed=2).save(path)
+    assert delta == make(seed=1)
+
+
+def test_mapped_tensors_between_two_elements(tmp_path):
+    # A writer that pads no header: the tensors begin at an odd byte.
+    file = sft_files.valid()
+    file.header = json.dumps(file.header_dict(), separators=(",", ":")).encode()
+    file.header += b" " * (1 - len(file.header) % 2)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file.build())
+    delta = load(path, mmap=True)
+    assert delta == load(path)
+    assert delta.val.data_ptr() % 4 == delta.support.idx.data_ptr() % 2 == 0
+
+
+def test_a_file_that_shrinks_before_it_is_mapped(tmp_path, monkeypatch):
+    path = make().save(tmp_path / "x.safetensors")
+    original = sparse_ft.files._Reader._document
+
+    def shrink(self, text):
+        os.truncate(path, 3000)
+        return original(self, text)
+
+    monkeypatch.setattr(sparse_ft.files._Reader, "_document", shrink)
+    with pytest.raises(SFTFileError, match="became shorter"):
+        load(path, mmap=True)
+
+
 # --- bytes --------------------------------------------------------------------------------------
 
 
@@ -196,7 +261,7 @@ def test_equals_the_independent_encoder(tmp_path):
 
 def test_content_id_is_fixed_for_ever(tmp_path):
     # Files are named, ordered and cached by it: a change of this value is a new format version.
-    wanted = "2473b1222ba5453d6b2fffa9f3b84c53981ab7c028963c8d99f1f90d10353f6f"
+    wanted = "ae6d838c33ca67d69f1275e656ff5dce7ea4dbe87629126d84c4a8d1a711aa23"
     assert sft_files.valid().document["content_id"] == wanted
     (tmp_path / "a.safetensors").write_bytes(sft_files.valid().build())
     assert load(tmp_path / "a.safetensors").content_id == wanted
@@ -322,6 +387,47 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, at):
     with pytest.raises(OSError, match="no space left"):
         make(seed=2).save(path)
     monkeypatch.undo()
+    assert load(path) == old
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("limit", [0, 4000, 60_000])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, limit):
+    """No space for the header, for its end, for the tensors."""
+    path = tmp_path / "x.safetensors"
+    old = make(seed=1)
+    old.save(path)
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() + memoryview(data).nbytes > limit:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    def full(name, mode):
+        return io.BufferedWriter(Full(name, mode))
+
+    monkeypatch.setattr(sparse_ft.files, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left") as caught:
+        make(seed=2).save(path)
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
+    assert load(path) == old
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.skipif(resource is None, reason="no limits here")
+def test_a_write_that_the_system_refuses(tmp_path):
+    path = tmp_path / "x.safetensors"
+    old = make(seed=1)
+    old.save(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            make(seed=2).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert load(path) == old
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
@@ -485,13 +591,14 @@ def test_the_file_that_is_broken_is_right(tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("name", sorted(sft_files.CASES))
-def test_hostile(tmp_path, name):
+def test_hostile(tmp_path, name, mmap):
     path = tmp_path / "x.safetensors"
     path.write_bytes(sft_files.build(name))
     message = sft_files.CASES[name][0]
     with pytest.raises(SFTFileError, match=message) as caught:
-        load(path)
+        load(path, mmap=mmap)
     said = str(caught.value)
     assert said.startswith(f"{path}: ")
     assert len(said) < 1000
@@ -699,15 +806,32 @@ def test_describe(tmp_path):
     assert said["trained on"] == "the base alone"
 
 
-def test_the_documented_reader_reads(tmp_path, monkeypatch):
+def run_documented(which: int, delta: SparseDelta, folder: Path, monkeypatch) -> dict:
+    """The names that a Python block of the specification leaves, run on a file of the delta."""
     text = (ROOT / "docs" / "file-format.md").read_text("utf-8")
-    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    delta = make()
-    delta.save(tmp_path / "swahili.safetensors")
-    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    delta.save(folder / "swahili.safetensors")
+    monkeypatch.chdir(folder)
     names: dict = {}
-    exec(compile(block, "file-format.md", "exec"), names)
+    exec(compile(blocks[which], "file-format.md", "exec"), names)
+    return names
+
+
+def test_the_documented_reader_reads(tmp_path, monkeypatch):
+    delta = make()
+    names = run_documented(0, delta, tmp_path, monkeypatch)
     assert set(names["differences"]) == set(SHAPES)
     for name, (positions, values) in names["differences"].items():
         assert positions.tolist() == delta.indices(name).tolist()
         assert values.tolist() == delta.values(name).tolist()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1])
+def test_the_documented_content_id(tmp_path, monkeypatch, density):
+    # 0.1: idx and val have several pieces, the last of them short.
+    meta = {"lang": "sw", "task": "ünïcode 漢", "recipe": {"a": 1}, "base": {"id": "m"}}
+    delta = make(density=density)
+    delta = SparseDelta(delta.support, delta.val, heads(), meta)
+    names = run_documented(1, delta, tmp_path, monkeypatch)
+    assert names["state"].hexdigest() == delta.content_id

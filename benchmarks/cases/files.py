@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 import sparse_ft as sf
+import sparse_ft_kernels as ops
+from sparse_ft_kernels.contract import OPS
 
 from .. import inputs
 from ..case import Case, Job, Provider, Setting, Target, case
@@ -124,6 +128,9 @@ def load(setting: Setting) -> Case:
         files["sft"].stat().st_size,
         {
             "sparse_ft": Provider(lambda: lambda: sf.SparseDelta.load(files["sft"])),
+            "sparse_ft, mapped": Provider(
+                lambda: lambda: sf.SparseDelta.load(files["sft"], mmap=True)
+            ),
             "legacy reader": Provider(
                 lambda: written(write_legacy, "legacy", lambda: read_legacy(files["legacy"])),
                 "composable-sft (Ansell et al., 2022): pickled gaps, decoded into COO tensors",
@@ -139,6 +146,48 @@ def load(setting: Setting) -> Case:
         },
         verify,
         yardstick="read",
-        targets=(Target("peer", 10, "legacy reader", quick=3),),
+        targets=(Target("peer", 50, "legacy reader", quick=5),),
         note="files in the page cache",
+    )
+
+
+@case("hash_pieces", input_bytes=lambda s: 6 * s.nnz, cpu_only=True)
+def hash_pieces(setting: Setting) -> Case:
+    """Telling one file from another: BLAKE2b of as many bytes as its entries take, in pieces."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.empty(6 * setting.nnz // 8 + 1, dtype=torch.int64).random_(generator=generator)
+    data = words.view(torch.uint8)
+    pieces = [piece.numpy() for piece in data.split(65536)]
+
+    def hashed(piece: np.ndarray) -> bytes:
+        return hashlib.blake2b(piece, digest_size=32).digest()
+
+    def one_thread() -> bytes:
+        return b"".join(map(hashed, pieces))
+
+    def threads() -> Job:
+        pool = ThreadPoolExecutor(torch.get_num_threads())
+        return lambda: b"".join(pool.map(hashed, pieces))
+
+    def verify() -> None:
+        assert ops.hash_pieces(data).numpy().tobytes() == one_thread()
+
+    def check(found: bytes) -> None:
+        assert found == one_thread()
+
+    return Case(
+        "hash_pieces",
+        setting,
+        OPS["hash_pieces"].bytes_moved(data),
+        {
+            "sparse_ft": Provider(lambda: lambda: ops.hash_pieces(data)),
+            "hashlib": Provider(lambda: one_thread, "Python's hashlib.blake2b per piece", check),
+            "hashlib in threads": Provider(
+                threads, "the same in as many threads as torch has", check
+            ),
+        },
+        verify,
+        yardstick="read",
+        targets=(Target("peer", 2, "hashlib in threads"),),
+        has_floor=False,
     )

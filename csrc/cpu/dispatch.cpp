@@ -270,4 +270,8 @@ int32_t sft_cpu_check_support(const int32_t *length, int64_t n_tiles, const uint
   return table()->check_support(length, n_tiles, idx, ptr, nnz, val, val_dtype, info, threads);
 }
 
+int32_t sft_cpu_hash_pieces(const uint8_t *data, int64_t n, uint8_t *out, int32_t threads) {
+  return table()->hash_pieces(data, n, out, threads);
+}
+
 }  // extern "C"

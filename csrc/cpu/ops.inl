@@ -20,7 +20,8 @@
   X(overlap)                     \
   X(anchor_l1)                   \
   X(digest)                      \
-  X(check_support)
+  X(check_support)               \
+  X(hash_pieces)
 #endif
 
 #define SFT_DECLARE(op) decltype(::sft_cpu_##op) op;

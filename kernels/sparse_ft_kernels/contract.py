@@ -18,6 +18,10 @@ from .tile_table import DTYPE_CODES, n_tiles
 
 NAMESPACE = "sparse_ft"
 
+# Of hash_pieces: the bytes of a piece, and of its hash.
+HASH_PIECE = 65536
+HASH_BYTES = 32
+
 Tensors = Sequence[Tensor]
 
 
@@ -59,6 +63,8 @@ class Op:
         fake: Results of the right shape and type without data.
         bytes_moved: Bytes that it must read and write at least, from its arguments.
         mutates: Names of the arguments changed in place.
+        on_host: It works on the CPU alone, wherever models lie; to force a backend that serves
+            other devices does not concern it.
     """
 
     name: str
@@ -67,6 +73,7 @@ class Op:
     fake: Callable[..., Any]
     bytes_moved: Callable[..., int]
     mutates: tuple[str, ...]
+    on_host: bool = False
 
 
 OPS: dict[str, Op] = {}
@@ -78,11 +85,15 @@ def _mutated(schema: str) -> tuple[str, ...]:
 
 
 def _op(
-    schema: str, *, fake: Callable[..., Any], bytes_moved: Callable[..., int]
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    bytes_moved: Callable[..., int],
+    on_host: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def register(check: Callable[..., None]) -> Callable[..., None]:
         name = schema.split("(", 1)[0]
-        OPS[name] = Op(name, schema, check, fake, bytes_moved, _mutated(schema))
+        OPS[name] = Op(name, schema, check, fake, bytes_moved, _mutated(schema), on_host)
         return check
 
     return register
@@ -786,3 +797,21 @@ def _check_support_op(lengths: Tensor, idx: Tensor, ptr: Tensor, val: Tensor | N
         if reason := describe_unusable(val):
             raise ValueError(f"check_support: val {reason}")
         _check_vector("check_support", "val", val, val.dtype, idx.shape[0], lengths.device)
+
+
+def _pieces(data: Tensor) -> int:
+    return -(-data.shape[0] // HASH_PIECE)
+
+
+@_op(
+    "hash_pieces(Tensor data) -> Tensor",
+    fake=lambda data: torch.empty(_pieces(data), HASH_BYTES, dtype=torch.uint8, device="cpu"),
+    bytes_moved=lambda data: data.shape[0] + HASH_BYTES * _pieces(data),
+    on_host=True,
+)
+def _hash_pieces(data: Tensor) -> None:
+    if data.device.type != "cpu":
+        raise ValueError(
+            f"hash_pieces: data is on {data.device}, but is hashed on the CPU; pass data.cpu()"
+        )
+    _check_vector("hash_pieces", "data", data, torch.uint8, None, data.device)

@@ -51,6 +51,13 @@ def support(backend: str, op: str, device: torch.device) -> Support:
     return Support(True, "")
 
 
+def _candidates(op: str, device_type: str, forced: str) -> tuple[str, ...]:
+    """The backends to ask for an op, in order."""
+    if forced and (forced in ORDER["cpu"] or not OPS[op].on_host):
+        return (forced,)
+    return ORDER.get(device_type, FALLBACK)
+
+
 @lru_cache(maxsize=1024)
 def _resolve(op: str, device_type: str, forced: str) -> Callable[..., Any]:
     device = torch.device(device_type)
@@ -60,7 +67,7 @@ def _resolve(op: str, device_type: str, forced: str) -> Callable[..., Any]:
             f"{', '.join(BACKENDS)}"
         )
     tried: list[str] = []
-    for name in (forced,) if forced else ORDER.get(device_type, FALLBACK):
+    for name in _candidates(op, device_type, forced):
         answer = support(name, op, device)
         if answer.ok:
             if tried:
@@ -92,12 +99,13 @@ def explain(device: str = "cpu") -> list[tuple[str, str, str]]:
     """Rows (op, backend, "chosen" | "available" | reason) for a device."""
     rows = []
     forced = os.environ.get(ENVIRONMENT, "")
-    order = ORDER.get(device, FALLBACK)
-    candidates = (forced,) if forced else order
     for op in OPS:
         chosen = False
+        where = "cpu" if OPS[op].on_host else device
+        order = ORDER.get(where, FALLBACK)
+        candidates = _candidates(op, where, forced)
         for name in (*order, *(name for name in BACKENDS if name not in order)):
-            answer = support(name, op, torch.device(device))
+            answer = support(name, op, torch.device(where))
             if answer.ok and not chosen and name in candidates:
                 chosen = True
                 rows.append((op, name, "chosen"))

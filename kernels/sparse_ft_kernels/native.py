@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .contract import NonFiniteError, Tensors, TooFewError
+from .contract import HASH_BYTES, HASH_PIECE, NonFiniteError, Tensors, TooFewError
 from .tile_table import DTYPE_CODES, TileTable, tile_lengths, tile_table
 
 ABI_VERSION = 1
@@ -111,6 +111,7 @@ SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
         c_int32,
         (_P, c_int64, _P, _P, c_int64, _P, c_int32, _P, c_int32),
     ),
+    "sft_cpu_hash_pieces": (c_int32, (_P, c_int64, _P, c_int32)),
 }
 
 
@@ -558,3 +559,12 @@ def check_support(lengths: Tensor, idx: Tensor, ptr: Tensor, val: Tensor | None)
     )
     _check("check_support", status)
     return info
+
+
+def hash_pieces(data: Tensor) -> Tensor:
+    out = torch.empty(-(-data.shape[0] // HASH_PIECE), HASH_BYTES, dtype=torch.uint8)
+    status = _library().sft_cpu_hash_pieces(
+        data.data_ptr(), data.shape[0], out.data_ptr(), _threads()
+    )
+    _check("hash_pieces", status)
+    return out

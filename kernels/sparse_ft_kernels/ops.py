@@ -419,3 +419,21 @@ def check_support(lengths: Tensor, idx: Tensor, ptr: Tensor, val: Tensor | None 
         value is not finite.
     """
     return _OPS.check_support(lengths, idx, ptr, val)  # type: ignore[no-any-return]
+
+
+def hash_pieces(data: Tensor) -> Tensor:
+    """The BLAKE2b-256 hash (RFC 7693) of each piece of 65,536 bytes; the last may be shorter.
+
+    A hash is a chain, which one thread must follow; pieces are hashed side by side. Pieces and
+    their hashes are what Python's `hashlib.blake2b(piece, digest_size=32)` gives.
+
+    Args:
+        data: uint8 [n], on the CPU.
+
+    Returns:
+        uint8 [⌈n / 65,536⌉, 32].
+
+    Raises:
+        ValueError: The data are on another device, or no contiguous vector of bytes.
+    """
+    return _OPS.hash_pieces(data)  # type: ignore[no-any-return]

@@ -6,13 +6,14 @@ other backends reproduce it bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .contract import NonFiniteError, Tensors
+from .contract import HASH_BYTES, HASH_PIECE, NonFiniteError, Tensors
 from .tile_table import TILE, n_tiles
 
 _INFINITY_KEY = 0x7F800000
@@ -605,3 +606,12 @@ def check_support(lengths: Tensor, idx: Tensor, ptr: Tensor, val: Tensor | None)
     entry = int(fault[0])
     code = 3 if out_of_order[entry] else 4 if beyond[entry] else 5
     return torch.tensor([code, int(tile_of[entry]), entry, 0])
+
+
+def hash_pieces(data: Tensor) -> Tensor:
+    """BLAKE2b-256 of each piece."""
+    out = torch.empty(-(-data.shape[0] // HASH_PIECE), HASH_BYTES, dtype=torch.uint8)
+    for row, piece in zip(out, data.split(HASH_PIECE), strict=False):
+        hashed = hashlib.blake2b(piece.numpy(), digest_size=HASH_BYTES).digest()
+        row.copy_(torch.frombuffer(bytearray(hashed), dtype=torch.uint8))
+    return out
