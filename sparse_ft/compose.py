@@ -4,178 +4,282 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse_ft_kernels import compose_, restore_
+from sparse_ft_kernels import compose_, restore_, swap_
 
-from .delta import SFTError, SparseDelta
+from .delta import Binding, KeyMap, SFTError, SparseDelta
 from .families import named_parameters
 from .tiles import Layout, Support
 
-__all__ = ["Composition", "active", "compose"]
+__all__ = ["Applied", "Composition", "active", "compose"]
 
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, Composition] = weakref.WeakKeyDictionary()
+# What one call of a kernel works on: the weights of one device and data type.
+Kind = tuple[torch.device, torch.dtype]
+
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, Applied] = weakref.WeakKeyDictionary()
+
+# An entry of a log that nothing was written to yet: a NaN that no arithmetic gives.
+_UNWRITTEN = {
+    torch.float32: (torch.int32, 0x7FA5A5A5),
+    torch.bfloat16: (torch.int16, 0x7FA5),
+    torch.float16: (torch.int16, 0x7DA5),
+}
 
 
-def active(model: nn.Module) -> Composition | None:
-    """The composition that is on a model now, if any."""
-    return _ACTIVE.get(model)
+def active(model: nn.Module) -> Applied | None:
+    """What is on a model now, if anything is: on it, a part of it, or a module that wraps it."""
+    if (own := _ACTIVE.get(model)) is not None or not _ACTIVE:
+        return own
+    parameters = {id(p) for p in model.parameters()}
+    for other, applied in list(_ACTIVE.items()):
+        if any(id(p) in parameters for p in other.parameters()):
+            return applied
+    return None
+
+
+class Part(NamedTuple):
+    """Entries of a delta, over the tiles of some layout."""
+
+    idx: Tensor
+    ptr: Tensor
+    val: Tensor
 
 
 @dataclass
-class _Group:
-    """The part of a composition that one call of the kernel applies: one device, one data type."""
+class Group:
+    """Weighted deltas on the weights of one device and data type, as one call of a kernel has them.
 
-    names: tuple[str, ...]
+    Attributes:
+        layout: The weights, by their names in the model.
+        undo: Per delta, the weights at its entries from before; made by `prepare`.
+        logged: All of the undo is written, as is known without looking.
+        stats: What the kernel counted, on its device.
+    """
+
+    layout: Layout
     weights: list[Tensor]
-    idx: list[Tensor]
-    ptr: list[Tensor]
-    val: list[Tensor]
-    alphas: list[float]
-    undo: list[Tensor]
-    applied: bool = False
+    idx: list[Tensor] = field(default_factory=list)
+    ptr: list[Tensor] = field(default_factory=list)
+    val: list[Tensor] = field(default_factory=list)
+    alphas: list[float] = field(default_factory=list)
+    undo: list[Tensor] = field(default_factory=list)
+    logged: bool = False
+    stats: Tensor | None = None
+
+    def add(self, part: Part, alpha: float) -> None:
+        # What is multiplied by 0 changes no bit.
+        if alpha:
+            for values, value in zip((self.idx, self.ptr, self.val), part, strict=True):
+                values.append(value)
+            self.alphas.append(alpha)
+
+    def prepare(self) -> None:
+        integer, unwritten = _UNWRITTEN[self.weights[0].dtype]
+        self.undo = [
+            torch.full((len(i),), unwritten, dtype=integer, device=i.device).view(
+                self.weights[0].dtype
+            )
+            for i in self.idx
+        ]
+
+    def put_on(self, old: Group | None) -> None:
+        new = (self.idx, self.ptr, self.val, self.alphas, self.undo)
+        if old is not None and old.idx:
+            self.stats = swap_(self.weights, old.idx, old.ptr, old.undo, *new)
+        elif self.idx:
+            self.stats = compose_(self.weights, *new)
+        self.logged = True
+
+    def take_off(self) -> None:
+        # A call writes its whole log before the first weight, so that a log with a gap says that
+        # no weight was written, wherever an interruption came.
+        if self.idx and (self.logged or all(_written(log) for log in self.undo)):
+            restore_(self.weights, self.idx, self.ptr, self.undo)
+
+
+def _written(log: Tensor) -> bool:
+    integer, unwritten = _UNWRITTEN[log.dtype]
+    return not bool((log.view(integer) == unwritten).any())
 
 
 @dataclass
-class _Head:
-    """A parameter of the model that a composition overwrites whole."""
+class Head:
+    """A parameter of the model that is overwritten whole."""
 
     name: str
     parameter: Tensor
     value: Tensor
-    before: Tensor
+    before: Tensor | None = None
+
+    def put_on(self) -> None:
+        self.before = self.parameter.detach().clone()
+        self.parameter.copy_(self.value)
+
+    def take_off(self) -> None:
+        if self.before is not None:
+            self.parameter.copy_(self.before)
 
 
-class Composition:
-    """Sparse fine-tunings that are on a model, until `restore()` takes them off.
+Self = TypeVar("Self", bound="Applied")
+
+
+class Applied:
+    """What is on a model, until `restore()` takes it off.
 
     A context manager: leaving the block restores the model, also after an exception.
 
     Attributes:
-        deltas: The deltas, in the order given.
+        ids: The content ids of the deltas.
         weights: Their weights.
-        changed: Distinct entries that a sum other than 0 was added to.
-        swallowed: Of those, entries whose weight stayed the same, since the sum was below half its
-            last place.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        deltas: Sequence[SparseDelta],
+        ids: Sequence[str],
         weights: Sequence[float],
-        heads: Sequence[SparseDelta],
-        compat: str | None,
-        allow_base_mismatch: bool,
+        groups: list[Group],
+        heads: list[Head],
     ) -> None:
-        self.deltas = tuple(deltas)
+        self.ids = tuple(ids)
         self.weights = tuple(weights)
-        self.changed = 0
-        self.swallowed = 0
         self._model = weakref.ref(model)
-        bindings = [delta.bind(model, allow_base_mismatch=allow_base_mismatch) for delta in deltas]
-        # Canonical order: the same bits whatever the order of the list.
-        order = list(range(len(deltas)))
-        if compat is None:
-            order.sort(key=lambda j: deltas[j].content_id)
-        names = {id(p): name for name, p in named_parameters(model).items()}
-        parts: dict[tuple[torch.device, torch.dtype], list[tuple[int, list[str]]]] = {}
-        tensors: dict[str, Tensor] = {}
-        for j in order:
-            kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-            for own, tensor in zip(deltas[j].layout.names, bindings[j].tensors, strict=True):
-                tensors[names[id(tensor)]] = tensor
-                if tensor.numel():
-                    kinds.setdefault((tensor.device, tensor.dtype), []).append(own)
-            for kind, own_names in kinds.items():
-                parts.setdefault(kind, []).append((j, own_names))
-        to_model = [
-            {own: names[id(t)] for own, t in zip(d.layout.names, b.tensors, strict=True)}
-            for d, b in zip(deltas, bindings, strict=True)
-        ]
-        self._groups = [
-            _make_group(kind[0], members, deltas, weights, to_model, tensors)
-            for kind, members in parts.items()
-        ]
-        if compat == "sequential":
-            self._groups = [step for group in self._groups for step in _one_by_one(group)]
-        by_delta = {id(d): b for d, b in zip(deltas, bindings, strict=True)}
-        self._heads: list[_Head] = []
-        for delta in heads:
-            for own, parameter in by_delta[id(delta)].heads:
-                value = delta.heads[own].to(parameter.device, parameter.dtype)
-                name = names[id(parameter)]
-                self._heads.append(_Head(name, parameter, value, parameter.detach().clone()))
-        self._apply(model)
+        self._groups = groups
+        self._heads = heads
 
     @torch.no_grad()
-    def _apply(self, model: nn.Module) -> None:
-        _ACTIVE[model] = self
+    def put_on(self, previous: Applied | None = None) -> None:
+        """Writes the model, which carries nothing, or `previous` over groups of the same weights.
+
+        A failure leaves the base model, bit for bit.
+        """
+        model = self._model()
+        assert model is not None
+        for group in self._groups:
+            group.prepare()
+        before: Sequence[Group | None] = [None] * len(self._groups)
+        if previous is not None:
+            before = previous._groups
         try:
-            for group in self._groups:
-                stats = compose_(
-                    group.weights, group.idx, group.ptr, group.val, group.alphas, group.undo
-                )
-                group.applied = True
-                self.changed += int(stats[0])
-                self.swallowed += int(stats[1])
+            if previous is not None:
+                for head in previous._heads:
+                    head.take_off()
+            _ACTIVE[model] = self
+            for group, old in zip(self._groups, before, strict=True):
+                group.put_on(old)
             for head in self._heads:
-                head.parameter.copy_(head.value)
+                head.put_on()
         except BaseException:
-            for group in self._groups:
-                # An interruption may come before the op or after it. The op writes its whole log
-                # before the first weight, so a log with a gap says that no weight was written.
-                group.applied |= not any(bool(log.isnan().any()) for log in group.undo)
-            self.restore()
+            self._write_back()
+            if previous is not None:
+                previous._write_back()
+            _ACTIVE.pop(model, None)
             raise
+
+    def _write_back(self) -> None:
+        # In the reverse order: a head's log holds what the groups have written.
+        for head in reversed(self._heads):
+            head.take_off()
+        for group in reversed(self._groups):
+            group.take_off()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Writes every changed value back, bit for bit. A second call does nothing."""
         model = self._model()
-        if model is None or _ACTIVE.get(model) is not self:
+        if model is None or not self.is_on:
             return
-        for group in reversed(self._groups):
-            if group.applied:
-                restore_(group.weights, group.idx, group.ptr, group.undo)
-                group.applied = False
-        for head in self._heads:
-            head.parameter.copy_(head.before)
+        self._write_back()
         del _ACTIVE[model]
 
     @torch.no_grad()
     def pristine(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What tensors of the model would hold without this composition.
+        """What tensors of the model would hold without this.
 
         Args:
-            values: Names of the model's parameters → their values while the composition is on.
+            values: Names of the model's parameters → their values while this is on.
 
         Returns:
-            Copies, with the values from before the composition at its entries and heads.
+            Copies, with the values from before at the entries and heads.
+
+        Raises:
+            KeyError: A name is none of the model that this was put on.
         """
+        model = self._model()
+        known = dict(model.named_parameters()) if model is not None else {}
+        for name in values:
+            if name not in known:
+                raise KeyError(
+                    f"{type(self).__name__}.pristine: the {type(model).__name__} has no parameter "
+                    f"{name!r}; names are those of the module that this was put on"
+                )
         out = {name: value.detach().clone() for name, value in values.items()}
+        for head in reversed(self._heads):
+            if head.name in out and head.before is not None:
+                out[head.name].copy_(head.before)
         for group in reversed(self._groups):
             weights = [
                 out.get(name, weight).to(weight.device) if name in out else weight.clone()
-                for name, weight in zip(group.names, group.weights, strict=True)
+                for name, weight in zip(group.layout.names, group.weights, strict=True)
             ]
             restore_(weights, group.idx, group.ptr, group.undo)
-            out |= {n: w for n, w in zip(group.names, weights, strict=True) if n in out}
-        for head in self._heads:
-            if head.name in out:
-                out[head.name].copy_(head.before)
+            out |= {n: w for n, w in zip(group.layout.names, weights, strict=True) if n in out}
         return out
+
+    @torch.no_grad()
+    def pristine_at(self, name: str, positions: Tensor, values: Tensor) -> Tensor:
+        """What one tensor of the model would hold at some places without this.
+
+        Args:
+            name: The parameter's name.
+            positions: int64, flat positions, on the parameter's device.
+            values: What the parameter holds there now.
+        """
+        for head in reversed(self._heads):
+            if head.name == name and head.before is not None:
+                values = head.before.reshape(-1)[positions]
+        for group in reversed(self._groups):
+            if name not in group.layout:
+                continue
+            for idx, ptr, undo in zip(group.idx, group.ptr, group.undo, strict=True):
+                support = Support(group.layout, idx, ptr, check=False)
+                if len(own := support.indices(name)):
+                    at = torch.searchsorted(own, positions).clamp_(max=len(own) - 1)
+                    log = undo[support.entries_of(name)]
+                    values = torch.where(own[at] == positions, log[at], values)
+        return values
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the model still carries this."""
+        model = self._model()
+        return model is not None and _ACTIVE.get(model) is self
+
+    @property
+    def changed(self) -> int:
+        """Distinct entries that a sum other than 0 was added to."""
+        return sum(int(group.stats[0]) for group in self._groups if group.stats is not None)
+
+    @property
+    def swallowed(self) -> int:
+        """Of those, entries whose weight stayed the same, since the sum was below half its last
+        place."""
+        return sum(int(group.stats[1]) for group in self._groups if group.stats is not None)
 
     @property
     def swallowed_share(self) -> float:
         """Share of the changed entries whose weight swallowed the change."""
         return self.swallowed / self.changed if self.changed else 0.0
 
-    def __enter__(self) -> Composition:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(
@@ -187,84 +291,119 @@ class Composition:
         self.restore()
 
     def __repr__(self) -> str:
-        model = self._model()
-        state = "on" if model is not None and _ACTIVE.get(model) is self else "taken off"
+        state = "on" if self.is_on else "taken off"
         return (
-            f"Composition({len(self.deltas)} deltas, {self.changed:,} entries changed, "
+            f"{type(self).__name__}({len(self.ids)} deltas, {self.changed:,} entries changed, "
             f"{self.swallowed_share:.2%} swallowed, {state})"
         )
 
 
-def _make_group(
-    device: torch.device,
-    members: list[tuple[int, list[str]]],
-    deltas: Sequence[SparseDelta],
-    weights: Sequence[float],
-    to_model: list[dict[str, str]],
-    tensors: dict[str, Tensor],
-) -> _Group:
-    union = Layout.of(
-        {
-            to_model[j][own]: tensors[to_model[j][own]]
-            for j, own_names in members
-            for own in own_names
-        }
-    )
-    group = _Group(
-        union.names, [tensors[name].detach() for name in union.names], [], [], [], [], []
-    )
-    dtype = group.weights[0].dtype
-    for j, own_names in members:
-        delta = deltas[j]
-        support, val = _renamed(delta, own_names, to_model[j])
-        support = support.expand(union).to(device)
-        group.idx.append(support.idx)
-        group.ptr.append(support.ptr)
-        group.val.append(val.to(device))
-        group.alphas.append(float(weights[j]))
-        group.undo.append(torch.full((support.nnz,), torch.nan, dtype=dtype, device=device))
-    return group
+class Composition(Applied):
+    """Sparse fine-tunings that `compose` put on a model, until `restore()` takes them off.
+
+    A context manager: leaving the block restores the model, also after an exception.
+
+    Attributes:
+        deltas: The deltas, in the order given.
+        weights: Their weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bindings: Sequence[Binding],
+        weights: Sequence[float],
+        heads: Sequence[SparseDelta],
+        compat: str | None,
+    ) -> None:
+        self.deltas = tuple(binding.delta for binding in bindings)
+        ids = [delta.content_id for delta in self.deltas]
+        # Canonical order: the same bits whatever the order of the list.
+        order = list(range(len(ids)))
+        if compat is None:
+            order.sort(key=ids.__getitem__)
+        names = {id(p): name for name, p in named_parameters(model).items()}
+        members: dict[Kind, list[tuple[int, dict[str, str]]]] = {}
+        tensors: dict[Kind, dict[str, Tensor]] = {}
+        for j in order:
+            for kind, own in by_kind(bindings[j], names).items():
+                members.setdefault(kind, []).append((j, {o: n for o, (n, _) in own.items()}))
+                tensors.setdefault(kind, {}).update(own.values())
+        groups = []
+        for kind, chosen in members.items():
+            union = Layout.of(tensors[kind])
+            targets = [tensors[kind][name].detach() for name in union.names]
+            group = Group(union, targets)
+            for j, own_names in chosen:
+                if compat == "sequential":
+                    group = Group(union, targets)
+                group.add(placed(self.deltas[j], own_names, union, kind[0]), float(weights[j]))
+                if compat == "sequential":
+                    groups.append(group)
+            if compat is None:
+                groups.append(group)
+        by_delta = {id(binding.delta): binding for binding in bindings}
+        on_top = [head for delta in heads for head in heads_of(by_delta[id(delta)], names)]
+        super().__init__(model, ids, weights, groups, on_top)
 
 
-def _renamed(
-    delta: SparseDelta, own_names: list[str], to_model: dict[str, str]
-) -> tuple[Support, Tensor]:
-    """A delta's entries of some tensors, under the model's names and in their order."""
-    support, val = delta.support, delta.val
-    target = sorted(own_names, key=lambda own: to_model[own])
-    if len(own_names) < len(support.layout) or target != list(support.layout.names):
-        val = torch.cat([val[:0], *(val[support.entries_of(own)] for own in target)])
-    layout = Layout.of(
-        {to_model[own]: support.layout.shapes[support.layout.ordinal(own)] for own in own_names}
-    )
-    if target == list(support.layout.names):
-        return Support(layout, support.idx, support.ptr, check=False), val
-    idx = torch.cat(
-        [
-            support.idx[:0].view(torch.int16),
-            *(support.idx[support.entries_of(o)].view(torch.int16) for o in target),
-        ]
-    )
-    counts = torch.cat(
-        [
-            torch.diff(
-                support.ptr[support.layout.tiles_of(o).start : support.layout.tiles_of(o).stop + 1]
-            )
-            for o in target
-        ]
-    )
-    ptr = torch.zeros(layout.n_tiles + 1, dtype=torch.int64, device=counts.device)
-    torch.cumsum(counts, 0, out=ptr[1:])
-    return Support(layout, idx.view(torch.uint16), ptr, check=False), val
+def by_kind(
+    binding: Binding, names: Mapping[int, str]
+) -> dict[Kind, dict[str, tuple[str, Tensor]]]:
+    """Per kind of weights, the delta's names of tensors that have elements → the model's name and
+    parameter.
+
+    Args:
+        binding: Where the delta's tensors are.
+        names: `id` of a parameter → its name in the model.
+    """
+    found: dict[Kind, dict[str, tuple[str, Tensor]]] = {}
+    for own, tensor in zip(binding.names, binding.tensors, strict=True):
+        if tensor.numel():
+            kind = (tensor.device, tensor.dtype)
+            found.setdefault(kind, {})[own] = (names[id(tensor)], tensor)
+    return found
 
 
-def _one_by_one(group: _Group) -> list[_Group]:
+def heads_of(binding: Binding, names: Mapping[int, str]) -> list[Head]:
+    """A delta's heads, in the data type of the model's parameters and on their devices."""
     return [
-        _Group(group.names, group.weights, [i], [p], [v], [a], [u])
-        for i, p, v, a, u in zip(
-            group.idx, group.ptr, group.val, group.alphas, group.undo, strict=True
+        Head(
+            names[id(parameter)],
+            parameter,
+            binding.delta.heads[own].to(parameter.device, parameter.dtype),
         )
+        for own, parameter in binding.heads
     ]
+
+
+def placed(
+    delta: SparseDelta, names: Mapping[str, str], layout: Layout, device: torch.device
+) -> Part:
+    """A delta's entries of some tensors, over the tiles of a layout.
+
+    Args:
+        delta: Its arrays are shared where the order of entries and the device stay.
+        names: The delta's name of each of the tensors → its name in the layout.
+        layout: These tensors, and maybe others.
+        device: Where the arrays are wanted.
+    """
+    support = delta.support
+    ptr = support.ptr.cpu().numpy()
+    counts = np.zeros(layout.n_tiles, np.int64)
+    runs = []
+    for own in sorted(names, key=names.__getitem__):
+        tiles = support.layout.tiles_of(own)
+        counts[layout.tiles_of(names[own])] = np.diff(ptr[tiles.start : tiles.stop + 1])
+        runs.append(support.entries_of(own))
+    runs = [run for run in runs if run.stop > run.start]
+    new_ptr = torch.from_numpy(np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
+    idx, val = support.idx, delta.val
+    if int(new_ptr[-1]) < support.nnz or any(a.stop != b.start for a, b in pairwise(runs)):
+        bits = idx.view(torch.int16)
+        idx = torch.cat([bits[:0], *(bits[run] for run in runs)]).view(torch.uint16)
+        val = torch.cat([val[:0], *(val[run] for run in runs)])
+    return Part(idx.to(device), new_ptr.to(device), val.to(device))
 
 
 def compose(
@@ -274,6 +413,8 @@ def compose(
     *,
     heads: SparseDelta | Iterable[SparseDelta] = (),
     compat: str | None = None,
+    key_map: KeyMap | None = None,
+    unused: str = "error",
     allow_base_mismatch: bool = False,
 ) -> Composition:
     """Puts sparse fine-tunings on a model, in place: w = round(θ0 + Σ α·φ).
@@ -290,6 +431,12 @@ def compose(
             well, as a task's classifier must be.
         compat: "sequential" adds one delta after the other in the order given, each rounded, as the
             LT-SFT reference implementation does.
+        key_map: From the deltas' names of tensors to the model's: a callable, or a mapping of names
+            and of prefixes that end in ".", such as {"bert.": "roberta."}. What `torch.compile` and
+            `DataParallel` put before names needs none.
+        unused: What to do about names that the model lacks: "error", or "ignore", which leaves
+            their entries out with a warning. As the digest of the base cannot be checked without
+            them, that takes allow_base_mismatch=True too.
         allow_base_mismatch: Apply even where the digest says that the base model is another one.
 
     Returns:
@@ -298,7 +445,7 @@ def compose(
     Raises:
         SFTError: A delta does not fit the model; the message names delta and parameter. The model
             is untouched.
-        RuntimeError: Another composition is on the model.
+        RuntimeError: Another composition, or a registry's, is on the model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compose: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -338,4 +485,10 @@ def compose(
             raise SFTError(
                 f"compose: a delta of kind {delta.kind!r} replaces values and cannot be added"
             )
-    return Composition(model, chosen, alphas, with_heads, compat, allow_base_mismatch)
+    bindings = [
+        delta.bind(model, key_map=key_map, unused=unused, allow_base_mismatch=allow_base_mismatch)
+        for delta in chosen
+    ]
+    composition = Composition(model, bindings, alphas, with_heads, compat)
+    composition.put_on()
+    return composition

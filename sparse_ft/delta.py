@@ -6,7 +6,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -34,6 +35,9 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOSS_NAMES = {torch.float32: "none", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Elements of a tensor that `between` compares at a time: bounds its temporaries.
 _CHUNK = 64 * TILE
+
+# A delta's names of tensors → a model's names of them.
+KeyMap = Mapping[str, str] | Callable[[str], str]
 
 
 class SparseDelta:
@@ -466,16 +470,31 @@ class SparseDelta:
     # --- models ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def bind(self, model: nn.Module, *, allow_base_mismatch: bool = False) -> Binding:
+    def bind(
+        self,
+        model: nn.Module,
+        *,
+        key_map: KeyMap | None = None,
+        unused: str = "error",
+        allow_base_mismatch: bool = False,
+    ) -> Binding:
         """Finds this delta's tensors in a model and checks that they fit; the model is only read.
 
         A name, or one of its aliases, must be exactly one parameter of the model: of the same
         shape, fp32, bf16 or fp16, contiguous, materialised and sharing no memory with another
         tensor of the delta. Where the delta knows the digest of its base, the model's values must
         give it: by fp32 bits, or by bf16 bits (a bf16 copy of the base, or the other way round).
+        What `torch.compile`, `DataParallel` and `DistributedDataParallel` put before names is
+        looked through.
 
         Args:
             model: The base model, with no SFT on it.
+            key_map: From the delta's names to the model's: a callable, or a mapping whose keys are
+                names, or prefixes that end in "." ("" is one too; the longest that fits counts),
+                such as {"bert.": "roberta."}. Names that it lacks stay.
+            unused: What to do about names that the model lacks: "error", or "ignore", which leaves
+                their entries out, with a warning. The digest covers all entries, so that with some
+                left out the base cannot be recognised, and allow_base_mismatch=True is needed too.
             allow_base_mismatch: Leave the digest alone.
 
         Returns:
@@ -489,59 +508,33 @@ class SparseDelta:
             raise TypeError(
                 f"SparseDelta.bind: model must be a torch.nn.Module, got {type(model).__name__}"
             )
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if unused not in ("error", "ignore"):
+            raise ValueError(
+                f'SparseDelta.bind: unused must be "error" or "ignore", got {unused!r}'
+            )
+        parameters = _parameters(model)
+        rename = _renaming(key_map)
         aliases = self.meta.get("aliases", {})
-        tensors: list[Tensor] = []
+        tensors: dict[str, Tensor] = {}
+        missing: list[str] = []
         for name, shape in zip(self.layout.names, self.layout.shapes, strict=True):
-            tensors.append(
-                _find(model, parameters, name, shape, aliases.get(name, ()), "parameter")
-            )
-        _check_apart(list(zip(self.layout.names, tensors, strict=True)))
+            known_as = [rename(n) for n in (name, *aliases.get(name, ()))]
+            if unused == "ignore" and not any(n in parameters for n in known_as):
+                missing.append(name)
+            else:
+                tensors[name] = _find(model, parameters, known_as, shape, "parameter")
+        _check_apart(list(tensors.items()))
+        binding = Binding(self, list(tensors), list(tensors.values()), model, rename)
         if not allow_base_mismatch:
-            self._check_base(tensors)
-        return Binding(self, tensors, model)
-
-    def _check_base(self, tensors: list[Tensor]) -> None:
-        known = {
-            key: value
-            for key, value in self.meta.get("base", {}).items()
-            if key in ("digest_f32", "digest_bf16")
-        }
-        if not known or not self.nnz:
-            return
-        if len({tensor.device for tensor in tensors if tensor.numel()}) == 1:
-            device = next(tensor.device for tensor in tensors if tensor.numel())
-            support = self.support.to(device)
-            dense = [tensor.detach().to(device) for tensor in tensors]
-            sums = digest_op(dense, support.idx, support.ptr).tolist()
-            found = {
-                "digest_f32": f"{sums[0] & _MASK:016x}",
-                "digest_bf16": f"{sums[1] & _MASK:016x}",
-            }
-        else:
-            on_cpu = self.support.to("cpu")
-            gathered = {
-                name: tensor.detach().reshape(-1)[on_cpu.indices(name).to(tensor.device)]
-                for name, tensor in zip(self.layout.names, tensors, strict=True)
-            }
-            found = _digests(on_cpu, gathered)
-        if any(found[key] == value for key, value in known.items()):
-            return
-        kinds = {tensor.dtype for tensor in tensors if tensor.numel()}
-        hint = ""
-        if torch.float16 in kinds and "F16" not in self.meta.get("dtypes", {}).values():
-            hint = (
-                " The model is in float16, whose rounding hides the base model: "
-                "load it in float32 or bfloat16 to have it recognised."
+            binding.check_base()
+        if missing:
+            warnings.warn(
+                f"SparseDelta.bind: the {type(model).__name__} lacks {len(missing)} of the SFT's "
+                f"{len(self.layout)} tensors ({_listed(missing)}); {binding.left_out:,} of its "
+                f"{self.nnz:,} entries are left out",
+                stacklevel=2,
             )
-        base = self.meta.get("base", {}).get("id")
-        made_for = f"made for the base model {base!r}" if base else "made for another base model"
-        raise SFTError(
-            f"SparseDelta.bind: {made_for}: the model's values at the {self.nnz:,} selected "
-            f"entries have the digest {found['digest_f32']} (fp32) and {found['digest_bf16']} "
-            f"(bf16), not {' or '.join(known.values())}.{hint} Load the model that the SFT was "
-            "made from, with nothing trained or composed on it; or pass allow_base_mismatch=True"
-        )
+        return binding
 
 
 @dataclass
@@ -550,12 +543,15 @@ class Binding:
 
     Attributes:
         delta: The delta.
-        tensors: The model's parameters, in the order of `delta.layout`.
+        names: The delta's names of the tensors that the model has, in the order of its layout.
+        tensors: The model's parameter for each.
     """
 
     delta: SparseDelta
+    names: list[str]
     tensors: list[Tensor]
     model: nn.Module = field(repr=False)
+    rename: Callable[[str], str] = field(repr=False)
 
     @cached_property
     def heads(self) -> list[tuple[str, Tensor]]:
@@ -565,27 +561,139 @@ class Binding:
             SFTError: The model lacks one, or has it in another shape. A delta whose heads are not
                 asked for needs none.
         """
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = _parameters(self.model)
         found: list[tuple[str, Tensor]] = [
-            (name, _find(self.model, parameters, name, tuple(head.shape), (), "head"))
+            (name, _find(self.model, parameters, [self.rename(name)], tuple(head.shape), "head"))
             for name, head in self.delta.heads.items()
         ]
-        _check_apart([*zip(self.delta.layout.names, self.tensors, strict=True), *found])
+        _check_apart([*zip(self.names, self.tensors, strict=True), *found])
         return found
+
+    @property
+    def left_out(self) -> int:
+        """Entries of the delta that are in none of the tensors."""
+        return self.delta.nnz - sum(len(self.delta.values(name)) for name in self.names)
+
+    @torch.no_grad()
+    def check_base(self, read: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        """Recognises the base model by the digest that the delta carries, if it carries one.
+
+        Args:
+            read: Gives the base values of a parameter at flat positions (int64). Default: what the
+                model holds now.
+
+        Raises:
+            SFTError: The values are those of another model, or some of them are left out.
+        """
+        delta = self.delta
+        base = delta.meta.get("base", {})
+        known = {key: base[key] for key in ("digest_f32", "digest_bf16") if key in base}
+        if not known or not delta.nnz:
+            return
+        if left_out := self.left_out:
+            missing = [name for name in delta.layout.names if name not in self.names]
+            raise SFTError(
+                f"SparseDelta.bind: the {type(self.model).__name__} lacks {_listed(missing)}, "
+                f"which hold {left_out:,} of the SFT's {delta.nnz:,} entries; its digest covers "
+                "them all, so that the base model cannot be recognised without them. Pass "
+                "allow_base_mismatch=True to apply the others all the same"
+            )
+        devices = {tensor.device for tensor in self.tensors if tensor.numel()}
+        if read is None and len(devices) == 1 and len(self.names) == len(delta.layout):
+            (device,) = devices
+            support = delta.support.to(device)
+            dense = [tensor.detach().to(device) for tensor in self.tensors]
+            sums = digest_op(dense, support.idx, support.ptr).tolist()
+            found = {
+                "digest_f32": f"{sums[0] & _MASK:016x}",
+                "digest_bf16": f"{sums[1] & _MASK:016x}",
+            }
+        else:
+            read = read or _gathered
+            on_cpu = delta.support.to("cpu")
+            found = _digests(
+                on_cpu,
+                {
+                    name: read(tensor, on_cpu.indices(name).to(tensor.device))
+                    for name, tensor in zip(self.names, self.tensors, strict=True)
+                },
+            )
+        if any(found[key] == value for key, value in known.items()):
+            return
+        kinds = {tensor.dtype for tensor in self.tensors if tensor.numel()}
+        hint = ""
+        if torch.float16 in kinds and "F16" not in delta.meta.get("dtypes", {}).values():
+            hint = (
+                " The model is in float16, whose rounding hides the base model: "
+                "load it in float32 or bfloat16 to have it recognised."
+            )
+        made_for = "made for " + (
+            f"the base model {base['id']!r}" if base.get("id") else "another base model"
+        )
+        raise SFTError(
+            f"SparseDelta.bind: {made_for}: the model's values at the {delta.nnz:,} selected "
+            f"entries have the digest {found['digest_f32']} (fp32) and {found['digest_bf16']} "
+            f"(bf16), not {' or '.join(known.values())}.{hint} Load the model that the SFT was "
+            "made from, with nothing trained or composed on it; or pass allow_base_mismatch=True"
+        )
 
 
 # --- models -------------------------------------------------------------------------------------
 
 
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by every name they have, without what wrappers put before names."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    prefixes = {
+        f"{place}.module." if place else "module."
+        for place, module in model.named_modules()
+        if isinstance(module, wrappers)
+    }
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for prefix in sorted(prefixes, key=len, reverse=True):
+            if name.startswith(prefix):
+                name = prefix.removesuffix("module.") + name.removeprefix(prefix)
+        found[name.replace("_orig_mod.", "")] = parameter
+    return found
+
+
+def _renaming(key_map: KeyMap | None) -> Callable[[str], str]:
+    if key_map is None:
+        return str
+    if not isinstance(key_map, Mapping):
+        return key_map
+    prefixes = sorted((k for k in key_map if not k or k.endswith(".")), key=len, reverse=True)
+
+    def rename(name: str) -> str:
+        if name in key_map:
+            return key_map[name]
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                return key_map[prefix] + name.removeprefix(prefix)
+        return name
+
+    return rename
+
+
+def _gathered(tensor: Tensor, positions: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1)[positions]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+
+
 def _find(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    name: str,
+    names: list[str],
     shape: tuple[int, ...],
-    aliases: Iterable[str],
     what: str,
 ) -> nn.Parameter:
-    known = [n for n in (name, *aliases) if n in parameters]
+    """The one parameter that goes by the first of some names, or by its aliases, the others."""
+    name, *aliases = names
+    known = [n for n in names if n in parameters]
     if not known:
         if name in dict(model.named_buffers()):
             raise SFTError(f"SparseDelta.bind: {name!r} is a buffer of this model, not a parameter")
@@ -594,7 +702,8 @@ def _find(
         also = f" (nor under {', '.join(map(repr, aliases))})" if aliases else ""
         raise SFTError(
             f"SparseDelta.bind: the {type(model).__name__} has no parameter {name!r}{also}, which "
-            f"the SFT has as a {what} of shape {shape}{like}. Load the SFT's own base model"
+            f"the SFT has as a {what} of shape {shape}{like}. Load the SFT's own base model, or "
+            "pass a key_map from the SFT's names to the model's"
         )
     parameter = parameters[known[0]]
     if len({id(parameters[n]) for n in known}) > 1:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparse_ft_kernels import anchor_l1_, digest
 
-from .compose import Composition, active
+from .compose import Applied, active
 from .delta import SparseDelta
 from .families import aliases, named_parameters, unusable
 from .optim import MaskedAdamW
@@ -258,7 +258,7 @@ class LotteryTicket:
         )
 
     def _extract(
-        self, phase: Phase, start: Snapshot, composition: Composition | None, meta: dict[str, Any]
+        self, phase: Phase, start: Snapshot, composition: Applied | None, meta: dict[str, Any]
     ) -> SparseDelta:
         criterion = self.criterion if isinstance(self.criterion, str) else "custom"
         meta.setdefault(
@@ -276,8 +276,8 @@ class LotteryTicket:
             meta.setdefault(
                 "trained_on",
                 [
-                    {"id": d.content_id, "alpha": alpha}
-                    for d, alpha in zip(composition.deltas, composition.weights, strict=True)
+                    {"id": content_id, "alpha": alpha}
+                    for content_id, alpha in zip(composition.ids, composition.weights, strict=True)
                 ],
             )
         assert phase.support is not None
