@@ -548,7 +548,7 @@ class _Plan:
         for j in sorted(range(len(deltas)), key=lambda j: deltas[j].content_id):
             found = self._bind(j, deltas[j])
             if not allow_base_mismatch:
-                deltas[j]._check_base([source[names[0]] for names in found.values()])
+                deltas[j].check_base([source[names[0]] for names in found.values()])
             delta = deltas[j].to("cpu")
             for own, names in found.items():
                 for name in names:

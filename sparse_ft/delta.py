@@ -7,7 +7,7 @@ import difflib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -536,6 +536,63 @@ class SparseDelta:
             )
         return binding
 
+    @property
+    def known_digests(self) -> dict[str, str]:
+        """The digests of its base that the delta carries."""
+        base = self.meta.get("base", {})
+        return {key: base[key] for key in ("digest_f32", "digest_bf16") if key in base}
+
+    @torch.no_grad()
+    def check_base(self, tensors: Sequence[Tensor]) -> None:
+        """Recognises the base model by the digest that the delta carries, if it carries one.
+
+        Args:
+            tensors: The base model's values: of each tensor of the layout, in its order.
+
+        Raises:
+            SFTError: They are those of another model.
+        """
+        if not self.known_digests or not self.nnz:
+            return
+        if len({tensor.device for tensor in tensors if tensor.numel()}) == 1:
+            device = next(tensor.device for tensor in tensors if tensor.numel())
+            support = self.support.to(device)
+            dense = [tensor.detach().to(device) for tensor in tensors]
+            sums = digest_op(dense, support.idx, support.ptr).tolist()
+            found = {
+                "digest_f32": f"{sums[0] & _MASK:016x}",
+                "digest_bf16": f"{sums[1] & _MASK:016x}",
+            }
+        else:
+            on_cpu = self.support.to("cpu")
+            found = _digests(
+                on_cpu,
+                {
+                    name: _gathered(tensor, on_cpu.indices(name).to(tensor.device))
+                    for name, tensor in zip(self.layout.names, tensors, strict=True)
+                },
+            )
+        self._compare_digests(found, {tensor.dtype for tensor in tensors if tensor.numel()})
+
+    def _compare_digests(self, found: Mapping[str, str], kinds: set[torch.dtype]) -> None:
+        known = self.known_digests
+        if any(found[key] == value for key, value in known.items()):
+            return
+        hint = ""
+        if torch.float16 in kinds and "F16" not in self.meta.get("dtypes", {}).values():
+            hint = (
+                " The model is in float16, whose rounding hides the base model: "
+                "load it in float32 or bfloat16 to have it recognised."
+            )
+        base = self.meta["base"].get("id")
+        made_for = f"made for the base model {base!r}" if base else "made for another base model"
+        raise SFTError(
+            f"SparseDelta.bind: {made_for}: the model's values at the {self.nnz:,} selected "
+            f"entries have the digest {found['digest_f32']} (fp32) and {found['digest_bf16']} "
+            f"(bf16), not {' or '.join(known.values())}.{hint} Load the model that the SFT was "
+            "made from, with nothing trained or composed on it; or pass allow_base_mismatch=True"
+        )
+
 
 @dataclass
 class Binding:
@@ -586,9 +643,7 @@ class Binding:
             SFTError: The values are those of another model, or some of them are left out.
         """
         delta = self.delta
-        base = delta.meta.get("base", {})
-        known = {key: base[key] for key in ("digest_f32", "digest_bf16") if key in base}
-        if not known or not delta.nnz:
+        if not delta.known_digests or not delta.nnz:
             return
         if left_out := self.left_out:
             missing = [name for name in delta.layout.names if name not in self.names]
@@ -598,44 +653,16 @@ class Binding:
                 "them all, so that the base model cannot be recognised without them. Pass "
                 "allow_base_mismatch=True to apply the others all the same"
             )
-        devices = {tensor.device for tensor in self.tensors if tensor.numel()}
-        if read is None and len(devices) == 1 and len(self.names) == len(delta.layout):
-            (device,) = devices
-            support = delta.support.to(device)
-            dense = [tensor.detach().to(device) for tensor in self.tensors]
-            sums = digest_op(dense, support.idx, support.ptr).tolist()
-            found = {
-                "digest_f32": f"{sums[0] & _MASK:016x}",
-                "digest_bf16": f"{sums[1] & _MASK:016x}",
-            }
-        else:
-            read = read or _gathered
-            on_cpu = delta.support.to("cpu")
-            found = _digests(
-                on_cpu,
-                {
-                    name: read(tensor, on_cpu.indices(name).to(tensor.device))
-                    for name, tensor in zip(self.names, self.tensors, strict=True)
-                },
-            )
-        if any(found[key] == value for key, value in known.items()):
+        if read is None and len(self.names) == len(delta.layout):
+            delta.check_base(self.tensors)
             return
+        read, on_cpu = read or _gathered, delta.support.to("cpu")
+        pieces = {
+            name: read(tensor, on_cpu.indices(name).to(tensor.device))
+            for name, tensor in zip(self.names, self.tensors, strict=True)
+        }
         kinds = {tensor.dtype for tensor in self.tensors if tensor.numel()}
-        hint = ""
-        if torch.float16 in kinds and "F16" not in delta.meta.get("dtypes", {}).values():
-            hint = (
-                " The model is in float16, whose rounding hides the base model: "
-                "load it in float32 or bfloat16 to have it recognised."
-            )
-        made_for = "made for " + (
-            f"the base model {base['id']!r}" if base.get("id") else "another base model"
-        )
-        raise SFTError(
-            f"SparseDelta.bind: {made_for}: the model's values at the {delta.nnz:,} selected "
-            f"entries have the digest {found['digest_f32']} (fp32) and {found['digest_bf16']} "
-            f"(bf16), not {' or '.join(known.values())}.{hint} Load the model that the SFT was "
-            "made from, with nothing trained or composed on it; or pass allow_base_mismatch=True"
-        )
+        delta._compare_digests(_digests(on_cpu, pieces), kinds)
 
 
 # --- models -------------------------------------------------------------------------------------

@@ -387,7 +387,7 @@ def replacing(delta: SparseDelta, base: Base, *, allow_base_mismatch: bool = Fal
             )
         found[own] = tensors[name].detach()
     if not allow_base_mismatch:
-        delta._check_base(list(found.values()))
+        delta.check_base(list(found.values()))
     before: dict[str, Tensor] = {}
     values: list[Tensor] = []
     for name, positions, phi in delta:

@@ -260,7 +260,8 @@ def load(
     """Reads and checks an SFT.
 
     Args:
-        path: A file, or a folder with a file `sft.safetensors`.
+        path: A `.safetensors` file, a `pytorch_diff.bin`, or a folder with a file
+            `sft.safetensors` or else `pytorch_diff.bin`.
         max_bytes: Larger files are refused before anything is allocated.
         mmap: Map the file, copy on write, instead of reading it into memory of its own. It is
             checked as ever, and processes that load it share its pages; but the delta is sound only
@@ -274,7 +275,12 @@ def load(
     Raises:
         SFTFileError: The file is missing, foreign, damaged or malformed.
     """
-    return _Reader(path, max_bytes, mmap).read()
+    where = _locate(path)
+    if where.endswith(".bin"):
+        from . import legacy
+
+        return legacy.read(where, max_bytes=max_bytes)
+    return _Reader(where, max_bytes, mmap).read()
 
 
 class _Tensor(NamedTuple):
@@ -299,8 +305,8 @@ def _tensor(read: _Read, entry: _Tensor) -> Tensor:
 class _Reader:
     """One reading of one file. Rules are numbered as in docs/file-format.md."""
 
-    def __init__(self, path: str | os.PathLike[str], max_bytes: int, mmap: bool) -> None:
-        self.path = _locate(path)
+    def __init__(self, path: str, max_bytes: int, mmap: bool) -> None:
+        self.path = path
         self.max_bytes = max_bytes
         self.mmap = mmap
         self.size = 0
@@ -368,8 +374,8 @@ class _Reader:
             if start.startswith((b"PK\x03\x04", b"\x80")):
                 self.fail(
                     "is a PyTorch (pickle) file, not a safetensors file. The LT-SFT reference "
-                    f"implementation writes such files as {LEGACY_NAME}; they cannot be read yet. "
-                    "Make the SFT anew: SparseDelta.between(base, tuned).save(…)"
+                    f"implementation writes such files as {LEGACY_NAME}; if this is one, give it a "
+                    "name that ends in .bin"
                 )
             self.fail(
                 f"header: {length:,} bytes are declared and {self.size - 8:,} follow; "
@@ -727,12 +733,13 @@ def _locate(path: str | os.PathLike[str]) -> str:
         inside = os.path.join(given, FILE_NAME)
         if os.path.lexists(inside):
             return inside
-        if os.path.lexists(os.path.join(given, LEGACY_NAME)):
-            raise SFTFileError(
-                f"{given}: holds a {LEGACY_NAME}, the file of the LT-SFT reference implementation, "
-                f"which cannot be read yet; {FILE_NAME} is not there"
-            )
-        raise SFTFileError(f"{given}: the folder holds no file {FILE_NAME}; name the file itself")
+        legacy = os.path.join(given, LEGACY_NAME)
+        if os.path.lexists(legacy):
+            return legacy
+        raise SFTFileError(
+            f"{given}: the folder holds no file {FILE_NAME} (nor {LEGACY_NAME}); name the file "
+            "itself"
+        )
     if not os.path.exists(given):
         if os.path.islink(given):
             raise SFTFileError(

@@ -81,7 +81,7 @@ def read(
     else:
         warnings.warn(
             f"{where}: does not say which base model it was made from, so a wrong one will not be "
-            "noticed; pass base=",
+            "noticed; sparse_ft.legacy.read takes base=, sparse-ft convert --base",
             stacklevel=2,
         )
     return SparseDelta.from_compact(

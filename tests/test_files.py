@@ -535,15 +535,19 @@ def test_unreadable_file(tmp_path):
         load(path)
 
 
-def test_legacy_files_are_named(tmp_path):
-    torch.save({"diffs": {}, "abs": {}}, tmp_path / "pytorch_diff.bin")
-    with pytest.raises(SFTFileError, match=r"PyTorch .pickle. file.* cannot be read yet"):
-        load(tmp_path / "pytorch_diff.bin")
-    with pytest.raises(SFTFileError, match=r"holds a pytorch_diff.bin.* cannot be read yet"):
-        load(tmp_path)
-    torch.save({}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(SFTFileError, match=r"PyTorch .pickle. file"):
-        load(tmp_path / "old.bin")
+def test_legacy_files_are_read_by_their_name(tmp_path):
+    entry = {"size": torch.Size([3]), "index_steps": [1], "values": torch.tensor([0.5])}
+    torch.save({"diffs": {"w": entry}, "abs": {}}, tmp_path / "pytorch_diff.bin")
+    for source in (tmp_path, tmp_path / "pytorch_diff.bin"):
+        with pytest.warns(UserWarning, match="which base model"):
+            delta = load(source)
+        assert [(n, i.tolist(), v.tolist()) for n, i, v in delta] == [("w", [1], [0.5])]
+    # The folder's own file comes first.
+    make().save(tmp_path)
+    assert load(tmp_path) == make()
+    os.rename(tmp_path / "pytorch_diff.bin", tmp_path / "x.safetensors")
+    with pytest.raises(SFTFileError, match=r"PyTorch .pickle. file.* name that ends in .bin"):
+        load(tmp_path / "x.safetensors")
 
 
 def test_checkpoints_are_named(tmp_path):
