@@ -310,13 +310,14 @@ class Overlap:
 
         axes = figure.subplots()
         shown = np.ma.masked_invalid(np.where(np.eye(n, dtype=bool), np.nan, values))
-        image = axes.imshow(shown, cmap="viridis")
+        least = np.min(shown.compressed(), initial=0.0)
+        image = axes.imshow(shown, cmap="viridis", vmin=least)
         written = FuncFormatter(lambda value, _: format(value, spec))
         figure.colorbar(image, shrink=min(1.0, 6 / side), format=written)
         size = 9 if few else 6
         axes.set_xticks(range(n), self.labels, rotation=90, fontsize=size)
         axes.set_yticks(range(n), self.labels, fontsize=size)
-        axes.set_title(title, loc="left", fontsize=10, wrap=True)
+        axes.set_title(title, loc="left", fontsize=10)
         level = np.asarray(image.norm(shown), np.float64)
         for i, j in np.argwhere(~np.ma.getmaskarray(shown)) if few else ():
             colour = "black" if level[i, j] > 0.6 else "white"
