@@ -53,3 +53,27 @@ def test_with_itself(backend):
     assert int(counts[:, 0].sum()) == int(counts[:, 1].sum()) == len(idx)
     assert torch.equal(dots[:, 0], dots[:, 1])
     assert torch.equal(dots[:, 0], dots[:, 2])
+
+
+@pytest.mark.parametrize("spread", [48, 400, 65_536])
+def test_lists_of_every_length(backend, spread):
+    """Ends of lists, whatever they are compared in blocks of: all lengths, both ends of a tile."""
+    draw = np.random.default_rng(spread)
+    lengths = [(m, n) for m in range(0, 41, 2 if backend == "triton" else 1) for n in (1, 7, 8, 40)]
+    lists = [
+        [np.sort(draw.choice(spread, k, replace=False)) + 65_536 - spread for k in pair]
+        for pair in lengths
+    ]
+    idx_a, idx_b = (
+        torch.from_numpy(np.concatenate(side).astype(np.uint16))
+        for side in zip(*lists, strict=True)
+    )
+    ptr_a, ptr_b = (torch.tensor([0, *side]).cumsum(0) for side in zip(*lengths, strict=True))
+    a, b = (torch.from_numpy(draw.standard_normal(len(x))).float() for x in (idx_a, idx_b))
+    counts, dots = overlap(idx_a, ptr_a, a, idx_b, ptr_b, b)
+    for tile, (x, y) in enumerate(lists):
+        _, at_x, at_y = np.intersect1d(x, y, return_indices=True)
+        p = a[ptr_a[tile] : ptr_a[tile + 1]].numpy()[at_x].astype(np.float64)
+        q = b[ptr_b[tile] : ptr_b[tile + 1]].numpy()[at_y].astype(np.float64)
+        assert counts[tile].tolist() == [len(p), int((p * q > 0).sum())]
+        assert dots[tile].numpy() == pytest.approx([p @ q, p @ p, q @ q], rel=1e-12, abs=1e-12)
