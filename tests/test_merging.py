@@ -370,7 +370,8 @@ def assert_same(one: sf.SparseDelta, other: sf.SparseDelta) -> None:
 
 
 def test_every_rule_is_tested():
-    assert {name for name, _ in NEUTRAL} == RULES.keys()
+    ours = {name for name, rule in RULES.items() if rule.function.__module__ == "sparse_ft.merge"}
+    assert {name for name, _ in NEUTRAL} == ours
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.7, -0.5, 2.0), (1.0, 0.0, 1.0)], ids=str)

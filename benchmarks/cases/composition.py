@@ -498,6 +498,30 @@ def reduce(setting: Setting) -> Case:
 
         return run
 
+    def coo() -> Job:
+        """Sums and counts as columns beside the values; the largest cannot be had in this way."""
+        sparse = deltas.sparse()
+
+        def columns(piece: Tensor) -> Tensor:
+            v = piece.values()
+            both = (v, v.clamp(min=0), v.clamp(max=0), torch.ones_like(v), (v > 0), (v < 0))
+            values = torch.stack([x.to(v.dtype) for x in both], 1)
+            size = (*piece.shape, values.shape[1])
+            return torch.sparse_coo_tensor(
+                piece.indices(), values, size, is_coalesced=True, check_invariants=False
+            )
+
+        return lambda: [(columns(a) + columns(b)).coalesce() for a, b in zip(*sparse, strict=True)]
+
+    def check_coo(result: Any) -> None:
+        found = ours()
+        at = inputs.positions(model, found.idx, found.ptr)
+        sums = (*found[2:5], *found[6:])
+        for column, vector in enumerate(sums):
+            for i, mine, peer in zip(at, vector.split([len(x) for x in at]), result, strict=True):
+                assert torch.equal(i, peer.indices()[0])
+                assert torch.allclose(mine.float(), peer.values()[:, column].float(), atol=1e-2)
+
     def check(result: Any) -> None:
         found = ours()
         at = inputs.positions(model, found.idx, found.ptr)
@@ -522,6 +546,14 @@ def reduce(setting: Setting) -> Case:
         OPS["reduce"].bytes_moved(lengths, deltas.idx, deltas.ptr, deltas.val, deltas.alphas),
         {
             "sparse_ft": Provider(lambda: ours),
+            "COO + COO": Provider(
+                coo,
+                "sparse COO tensors with a column for each sum and count, added and coalesced; "
+                "without the largest",
+                check_coo,
+                200 * setting.nnz,
+                whole=False,
+            ),
             "dense terms": Provider(
                 dense,
                 "dense differences, one parameter at a time (mergekit, PEFT, FusionBench)",
