@@ -410,6 +410,15 @@ def test_rules_leave_one_delta_as_it_is(rule, options, dtype):
 
 
 @pytest.mark.parametrize(("rule", "options"), NEUTRAL, ids=str)
+def test_no_rule_leaves_a_negative_zero(rule, options):
+    negative = sparse(1, values=[-0.0])
+    for deltas in ([negative], [negative, sparse(2, values=[-0.0])]):
+        merged = sf.merge(deltas, rule=rule, **options)
+        assert merged.nnz > 0
+        assert_bits(merged.val, torch.zeros(merged.nnz))
+
+
+@pytest.mark.parametrize(("rule", "options"), NEUTRAL, ids=str)
 def test_rules_add_deltas_with_disjoint_supports(rule, options):
     whole = sparse(1, 0.9)
     g = torch.Generator().manual_seed(2)
