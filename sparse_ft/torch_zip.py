@@ -102,11 +102,12 @@ class _Archive:
             descriptor = os.open(path, os.O_RDONLY | flags)
         except OSError as error:
             raise SFTFileError(f"{path}: cannot be opened: {error.strerror}") from error
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            self.fail("is not a regular file")
         with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
             self.size = status.st_size
-            if not stat.S_ISREG(status.st_mode):
-                self.fail("is not a regular file")
             if self.size > max_bytes:
                 self.fail(f"is {self.size:,} bytes long, and max_bytes = {max_bytes:,}")
             if self.size < _END.size:
