@@ -256,7 +256,7 @@ def test_the_reference_decoder_is_wrong_in_three_dimensions():
 @pytest.mark.parametrize("shape", [(), (3, 4, 5), (2, 2, 2, 2)])
 def test_what_the_reference_implementation_cannot_read_is_refused(tmp_path, shape):
     delta = make({"w": shape}, density=1.0)
-    with pytest.raises(SFTError, match="'w' has entries and the shape .*decodes one and two"):
+    with pytest.raises(SFTError, match=r"'w' has entries and the shape .*decodes one and two"):
         legacy.write(delta, tmp_path / "x.bin")
     assert not os.listdir(tmp_path)
 

@@ -546,7 +546,10 @@ LEGACY: dict[str, tuple[Callable[[], Zip], tuple[str, ...]]] = {
     ),
     "head of text": (lambda: sft(heads={"h": "x"}), ("abs['h']", "a str")),
     "head in a dict": (lambda: sft(heads={"h": {}}), ("abs['h']", "a dict")),
-    "head of integers": (lambda: sft(heads={"h": tensor(kind="IntStorage")}), ("'h'", "int32")),
+    "head of integers": (
+        lambda: sft(heads={"h": tensor("1", kind="IntStorage")}, more=[bytes(12)]),
+        ("'h'", "int32"),
+    ),
     "head NaN": (
         lambda: sft(heads={"h": tensor("1")}, more=[floats(1, float("nan"), 2)]),
         ("'h'", "NaN"),
