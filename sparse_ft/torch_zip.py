@@ -436,7 +436,8 @@ def _shown(value: Any) -> str:
     """A value in a message; a container could be deep, or large when it is unfolded."""
     if type(value) is tuple and len(value) <= MAX_DIMS:
         return "({})".format(", ".join(_shown(n) if type(n) is int else "…" for n in value))
-    return f"a {type(value).__name__}" if isinstance(value, _CONTAINERS) else short(value)
+    plain = isinstance(value, str | bytes | int | float | None)
+    return short(value) if plain else f"a {type(value).__name__.lstrip('_')}"
 
 
 class _Pickle:

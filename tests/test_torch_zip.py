@@ -150,6 +150,12 @@ def test_checksums_can_be_left_out(tmp_path):
         assert load(tmp_path / "x.bin", mapped=mapped)["a"].tolist() == [1, 2, 3]
 
 
+def test_archives_in_64_bits(tmp_path):
+    members = torch_files.archive({"a": torch_files.tensor()}, torch_files.floats(1, 2, 3)).members
+    (tmp_path / "x.bin").write_bytes(torch_files.Zip(members, wide=True).build())
+    assert load(tmp_path / "x.bin")["a"].tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
 def test_numbers_of_numpy(tmp_path, module):
     raw = torch_files.archive([torch_files.scalar(-5, module)]).build()

@@ -91,6 +91,9 @@ def pickled(value) -> bytes:
 # --- archives -----------------------------------------------------------------------------------
 
 
+FULL = 0xFFFFFFFF  # the field is among the 64-bit ones
+
+
 @dataclass
 class Zip:
     """An archive in parts, to be broken: fields of entries by member, fields of the end."""
@@ -101,6 +104,7 @@ class Zip:
     comment: bytes = b""
     crc: bool = True
     skew: int = 0  # bytes by which data miss their place
+    wide: bool = False  # sizes and places in 64 bits, as above 4 GB
 
     def build(self) -> bytes:
         body, directory = b"", b""
@@ -120,19 +124,28 @@ class Zip:
             padding = struct.pack("<2H", 0x4246, extra) + bytes(extra)
             body += struct.pack("<4s5H3I2H", b"PK\3\4", 0, *fields, 0, 0, len(raw), len(padding))
             body += raw + padding + data
-            sizes = (is_said["packed"], is_said["size"], len(raw), 0, 0, 0, 0, 0)
-            directory += struct.pack(
-                "<4s6H3I5H2I", b"PK\1\2", 0, 0, *fields, *sizes, is_said["header"]
-            )
-            directory += raw
+            numbers = (is_said["size"], is_said["packed"], is_said["header"])
+            more = b""
+            if self.wide:
+                more = struct.pack("<2H2x2H3Q", 0x9999, 2, 1, 24, *numbers)
+                numbers = (FULL, FULL, FULL)
+            sizes = (*numbers[1::-1], len(raw), len(more), 0, 0, 0, 0)
+            directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", 0, 0, *fields, *sizes, numbers[2])
+            directory += raw + more
         said = {
             "count": len(self.members),
             "length": len(directory),
             "start": len(body),
             **self.end,
         }
-        numbers = (said["count"], said["count"], said["length"], said["start"], len(self.comment))
-        return body + directory + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *numbers) + self.comment
+        numbers = (said["count"], said["count"], said["length"], said["start"])
+        end = b""
+        if self.wide:
+            end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0, 0, 0, 0, *numbers)
+            end += struct.pack("<4sIQI", b"PK\6\7", 0, len(body) + len(directory), 1)
+            numbers = (0xFFFF, 0xFFFF, FULL, FULL)
+        end += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *numbers, len(self.comment))
+        return body + directory + end + self.comment
 
 
 def floats(*values: float) -> bytes:
@@ -196,6 +209,12 @@ def endless() -> bytes:
     return pickled(b"]q\0(h\0e")
 
 
+def narrower_end() -> bytes:
+    raw = bytearray(Zip(sft().members, wide=True).build())
+    raw[-10:-6] = b"\1\0\0\0"
+    return bytes(raw)
+
+
 ARCHIVES: dict[str, tuple[Callable[[], "Zip | bytes"], tuple[str, ...]]] = {
     "empty": (lambda: b"", ("0 bytes", "too short")),
     "no zip": (lambda: b"x" * 99, ("no zip archive",)),
@@ -250,6 +269,7 @@ ARCHIVES: dict[str, tuple[Callable[[], "Zip | bytes"], tuple[str, ...]]] = {
         ("zip:", "directory"),
     ),
     "directory elsewhere": (lambda: Zip(sft().members, end={"start": 7}), ("zip:", "directory")),
+    "ends that disagree": (narrower_end, ("zip:", "disagree")),
     "name that is no text": (
         lambda: Zip([("x/data.pkl", pickled({})), ("x/\udcff", b"")]),
         ("zip:", "UTF-8"),
