@@ -32,9 +32,9 @@ from .metadata import short
 
 __all__ = ["load"]
 
-# Bounds the work and the memory (some 100 bytes each) that a pickle can ask for. `torch.save`
-# writes about 40 instructions per tensor.
-MAX_INSTRUCTIONS = 1 << 23
+# Bounds the work and the memory (150 bytes each at most) that a pickle can ask for. `torch.save`
+# writes about 50 instructions per tensor.
+MAX_INSTRUCTIONS = 1 << 22
 MAX_DEPTH = 64
 # Python's pickler writes a list in batches of so many items.
 _BATCH = 1000
@@ -55,7 +55,7 @@ def load(
         mapped: Tensors are views of the file, copied page by page when they are written to; the
             file must not be shortened while they live. Otherwise it is read into memory, and the
             checksums of its storages are compared too.
-        packed: Runs of integers in a list come as int32 vectors where they are long: an item of
+        packed: Runs of integers in a list may come as int32 vectors, which is faster: an item of
             the list is then an integer or a `np.ndarray` of several.
 
     Returns:
@@ -698,8 +698,8 @@ class _Runs:
 
     A list of millions is a chain of batches, MARK, at most 1,000 integers, APPENDS: where one ends
     is known only once all before it are read, since an instruction takes two, three or five bytes.
-    But each batch after a list's first follows the bytes APPENDS MARK. So all places behind such
-    bytes are followed at once, instruction by instruction; those that are no batch, but bytes of an
+    But MARK follows the end of a batch or the beginning of a list, so all places behind such bytes
+    are followed at once, instruction by instruction; those that are no batch, but bytes of an
     integer that look so, are simply never asked for.
 
     Args:
@@ -712,10 +712,20 @@ class _Runs:
     def __init__(self, code: bytes) -> None:
         # What an instruction cut off at the end would need.
         self.code = np.frombuffer(code + bytes(8), np.uint8)
-        starts = np.flatnonzero((self.code[:-1] == ord("e")) & (self.code[1:] == ord("("))) + 2
-        # Where so many cannot be batches of 1,000, nothing is gained; and it bounds the work.
+        mark = np.flatnonzero(self.code == ord("("))
+        one, two, three, five, six = (self.code[mark - n] for n in (1, 2, 3, 5, 6))
+        starts = (
+            1
+            + mark[
+                (one == ord("e"))  # APPENDS
+                | (one == ord("]"))  # EMPTY_LIST
+                | (three == ord("]")) & (two == ord("q"))  # EMPTY_LIST BINPUT
+                | (six == ord("]")) & (five == ord("r"))  # EMPTY_LIST LONG_BINPUT
+            ]
+        )
         self.ends: dict[int, int] = {}
-        if len(starts) <= len(code) // 256:
+        # Where there are more, they hold few integers each; and it bounds the work.
+        if len(starts) <= len(code) // 64:
             ends = self._follow(starts, None)
             full = (self.code[ends] == ord("e")) & (ends > starts)
             self.ends = dict(zip(starts[full].tolist(), ends[full].tolist(), strict=True))

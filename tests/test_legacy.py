@@ -236,6 +236,14 @@ def test_the_reference_implementation_reads_what_is_written(tmp_path, dtype):
     assert again == SparseDelta(delta.support, delta.val.float(), delta.heads)
 
 
+def test_what_is_written_needs_few_instructions(tmp_path, monkeypatch):
+    # Or a file with very many entries or tensors could be written, but not read.
+    delta = make({f"w.{i:03}": (60, 70) for i in range(300)})
+    path = legacy.write(delta, tmp_path / "x.bin")
+    monkeypatch.setattr("sparse_ft.torch_zip.MAX_INSTRUCTIONS", 300 * 60)
+    assert legacy.read(path) == delta
+
+
 def test_equal_deltas_give_equal_bytes(tmp_path):
     for name in ("a.bin", "b.bin"):
         legacy.write(make({"w": (9, 9)}, heads={"h": torch.ones(3)}), tmp_path / name)
