@@ -755,7 +755,7 @@ def write_safetensors(
     Args:
         path: A file that does not exist yet.
         specs: Name → data type and shape.
-        read: Gives the tensor of a name; it is asked once for each, and lets go of none before.
+        read: Gives the tensor of a name; it is asked once for each.
         metadata: Texts by name, beside "format": "pt".
     """
     # Wide types first, so that every tensor is aligned.
@@ -777,7 +777,7 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
-            tensor = read(name).contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            # In one expression: no name keeps a tensor while the next is made.
+            file.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
