@@ -51,10 +51,10 @@ class Deltas:
     def old(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         return self.idx, self.ptr, self.undo
 
-    def values(self) -> list[list[Tensor]]:
-        """For each delta the values of each parameter, in the data type of the model."""
+    def values(self, dtype: torch.dtype | None = None) -> list[list[Tensor]]:
+        """For each delta the values of each parameter, by default rounded to the model's type."""
         return [
-            [x.to(self.dtype) for x in v.split([len(i) for i in at])]
+            [x.to(dtype or self.dtype) for x in v.split([len(i) for i in at])]
             for v, at in zip(self.val, self.at, strict=True)
         ]
 
@@ -70,8 +70,8 @@ class Deltas:
 
         return run
 
-    def sparse(self, sign: float = 1.0) -> list[list[Tensor]]:
-        """For each delta a COO tensor of each parameter."""
+    def sparse(self, sign: float = 1.0, dtype: torch.dtype | None = None) -> list[list[Tensor]]:
+        """For each delta a COO tensor of each parameter, by default of the model's type."""
         return [
             [
                 torch.sparse_coo_tensor(
@@ -79,7 +79,7 @@ class Deltas:
                 )
                 for w, i, v in zip(self.model, at, pieces, strict=True)
             ]
-            for at, pieces in zip(self.at, self.values(), strict=True)
+            for at, pieces in zip(self.at, self.values(dtype), strict=True)
         ]
 
     def expected(self, start: list[Tensor]) -> list[Tensor]:
@@ -119,8 +119,8 @@ def _composition(op: str, setting: Setting, count: int) -> Case:
     def each(call: Call) -> Callable[[], Job]:
         return lambda: deltas.job(call, weights)
 
-    def coo() -> Job:
-        sparse = deltas.sparse()
+    def coo(dtype: torch.dtype) -> Job:
+        sparse = deltas.sparse(dtype=dtype)
 
         def run() -> None:
             for pieces in sparse:
@@ -155,6 +155,14 @@ def _composition(op: str, setting: Setting, count: int) -> Case:
         ops.restore_(weights, *deltas.old)
         assert inputs.equal(weights, start)
 
+    rounded = {}
+    if deltas.dtype != torch.float32:
+        rounded["w += COO, values rounded"] = Provider(
+            lambda: coo(deltas.dtype),
+            "the same with values that were rounded to the model's type beforehand",
+            check,
+            24 * nnz + size,
+        )
     targets: list[Target] = []
     if setting.device == "cuda":
         if count == 2 and setting.shape == "xlmr-base":
@@ -169,12 +177,14 @@ def _composition(op: str, setting: Setting, count: int) -> Case:
             "sparse_ft, with undo": Provider(
                 lambda: ours, check=check, state_bytes=setting.width * nnz, captured=True
             ),
+            # Published fine-tunings hold fp32 values, whatever the model is loaded in.
             "w += COO": Provider(
-                coo,
-                "composable-sft (Ansell et al., 2022): the parameter plus a sparse COO tensor",
+                lambda: coo(torch.float32),
+                "composable-sft (Ansell et al., 2022): the parameter plus a sparse fp32 COO tensor",
                 check,
-                24 * nnz + size,
+                24 * nnz + 2 * size,
             ),
+            **rounded,
             "index_add_": Provider(
                 each(lambda view, at, v: view.index_add_(0, at, v)),
                 "torch.Tensor.index_add_ per parameter, no undo (SHiRA and kin)",
