@@ -255,6 +255,8 @@ def _open(file: str) -> dict[str, Callable[[], Tensor]]:
             _fail(file, "must hold a state dict: a mapping from names to tensors")
         tensors = {name: partial(content.__getitem__, name) for name in content}
     for name in tensors:
+        if name == "__metadata__":
+            _fail(file, f"a tensor is called {name!r}, which safetensors keeps for itself")
         try:
             check_name("tensor name", name)
         except SFTError as error:

@@ -182,7 +182,7 @@ def _shira_entries(
         _fail(path, f"{key!r}: there is no {pairs!r}")
     if reason := describe_unusable(weight):
         _fail(path, f"{key!r}: the tensor of the base {reason}")
-    if weight.dim() != 2:
+    if weight.dim() != 2 or not weight.numel():
         _fail(path, f"{key!r}: the tensor of the base has shape {tuple(weight.shape)}, no matrix")
     rows, columns = weight.shape
     # Checked and used in memory of our own.
@@ -502,7 +502,7 @@ def read_patch(path: str | os.PathLike[str]) -> SparseDelta:
             or math.prod(max(size, 1) for size in shape) > MAX_NUMEL
         ):
             _fail(path, f"params: {name!r}: shape: must be a list of sizes, found {short(shape)}")
-        if item.get("dtype") not in _PATCH_DTYPES:
+        if not isinstance(item.get("dtype"), str) or item["dtype"] not in _PATCH_DTYPES:
             _fail(path, f"params: {name!r}: dtype: must be F32, BF16 or F16")
         shapes[name], dtypes[name] = shape, item["dtype"]
     layout = Layout.of(shapes)

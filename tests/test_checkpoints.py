@@ -282,6 +282,9 @@ def test_a_file_of_torch_save_must_be_a_state_dict(tmp_path):
         torch.save(content, tmp_path / "pytorch_model.bin")
         with pytest.raises(SFTFileError, match=r"pytorch_model\.bin.*state dict"):
             Checkpoint(tmp_path)
+    torch.save({"__metadata__": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(SFTFileError, match="keeps for itself"):
+        Checkpoint(tmp_path)
 
 
 # --- the difference of two ----------------------------------------------------------------------
@@ -448,10 +451,10 @@ print(max(peak, anonymous()) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize(("what", "limit"), [("diff", 16), ("export", 64)])
+@pytest.mark.parametrize(("what", "limit"), [("diff", 8), ("export", 24)])
 def test_nothing_of_the_models_stays_in_memory(tmp_path, what, limit):
-    # 12 tensors of 16 MiB in each of two models: 384 MiB. The allocator keeps one or two of those
-    # that an export frees.
+    # 12 tensors of 16 MiB in each of two models: 384 MiB. The allocator is told to keep nothing that
+    # was freed.
     base = {f"w{i:02}": torch.randn(1 << 22) for i in range(12)}
     a = saved(tmp_path / "a", base, 2)
     b = saved(tmp_path / "b", {n: t + 0.1 for n, t in base.items()})
@@ -459,7 +462,7 @@ def test_nothing_of_the_models_stays_in_memory(tmp_path, what, limit):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(a), str(b), str(tmp_path / "out"), what],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths, "MALLOC_MMAP_THRESHOLD_": "1000000"},
         capture_output=True,
         text=True,
         check=True,

@@ -275,6 +275,8 @@ def test_an_adapter_needs_its_files_and_an_untied_base(tmp_path):
         read_shira(tmp_path, model)
     torch.save(GOOD, tmp_path / "adapter_model.bin")
     assert read_shira(tmp_path, model).nnz == 80
+    with pytest.raises(SFTFileError, match="no matrix"):
+        read_shira(tmp_path, {"layers.0.weight": torch.zeros(0, 0)})
     model.twin = nn.Linear(40, 40)
     model.twin.weight = model.layers[0].weight
     with pytest.raises(SFTFileError, match="is tied to another tensor"):
@@ -404,6 +406,7 @@ HOSTILE_PATCHES = {
     "dims": ({"params": {"w": {"shape": [1] * 99, "dtype": "F32"}}}, {}, "'w': shape"),
     "no item": ({"params": {"w": 3}}, {}, "'w': shape"),
     "dtype": ({"params": {"w": {"shape": [12], "dtype": "I8"}}}, {}, "'w': dtype"),
+    "dtypes": ({"params": {"w": {"shape": [12], "dtype": ["F32"]}}}, {}, "'w': dtype"),
     "another dtype": ({"params": {"w": {"shape": [12], "dtype": "BF16"}}}, {}, "values of BF16"),
     "name": (
         {"params": {"w": DOCUMENT["params"]["w"], "a\n": DOCUMENT["params"]["w"]}},
