@@ -453,8 +453,8 @@ print(max(peak, anonymous()) - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(("what", "limit"), [("diff", 8), ("export", 24)])
 def test_nothing_of_the_models_stays_in_memory(tmp_path, what, limit):
-    # 12 tensors of 16 MiB in each of two models: 384 MiB. The allocator is told to keep nothing that
-    # was freed.
+    # 12 tensors of 16 MiB in each of two models: 384 MiB. The allocator is told to keep nothing
+    # that was freed.
     base = {f"w{i:02}": torch.randn(1 << 22) for i in range(12)}
     a = saved(tmp_path / "a", base, 2)
     b = saved(tmp_path / "b", {n: t + 0.1 for n, t in base.items()})
