@@ -266,7 +266,10 @@ def overlap(
         if csv is not None:
             found.to_csv(csv)
         if plot is not None:
-            found.plot(plot, metric)
+            try:
+                found.plot(plot, metric)
+            except ModuleNotFoundError as error:
+                _fail(str(error))
     if as_json:
         _print_json(found.to_dict())
     else:

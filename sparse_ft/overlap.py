@@ -390,7 +390,7 @@ def _figure(what: str, width: float, height: float) -> Figure:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"Overlap.{what} needs matplotlib, which is not installed. Install it with: "
-            "pip install matplotlib",
+            'pip install "sparse-ft[plot]"',
             name=error.name,
         ) from None
     return Figure(figsize=(width, height), layout="constrained")

@@ -207,6 +207,6 @@ def test_plots_say_what_is_missing(tmp_path, monkeypatch):
     found = sf.overlap([random_delta(1, 9), random_delta(2, 9)])
     monkeypatch.setattr(builtins, "__import__", without)
     for draw in (found.plot, found.plot_layers):
-        with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        with pytest.raises(ModuleNotFoundError, match=r"sparse-ft\[plot\]"):
             draw(tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
