@@ -200,23 +200,24 @@ def ties(
         scale: λ, any finite number.
     """
     _number("ties", "density", density, 0.0, 1.0, open_low=True)
+    _check_election("ties", elect, divisor, scale)
     if density < 1:
         terms = terms.thinned([_largest(val, density) for val in terms.val])
-    return _elected("ties", terms, elect, divisor, scale)
+    return _elected(terms, elect, divisor, scale)
 
 
 @rule("consensus")
 def consensus(terms: Terms, *, k: int = 2, threshold: float = 1.0) -> Entries:
     """Consensus merging (Wang et al., 2024): of Φ = Σ αφ the entries that at least k deltas want.
 
-    Delta t wants an entry that it has where |φ_t| ≥ threshold · |Φ − φ_t| (its TALL mask, equation
-    4), φ_t with the sign of its weight: where the merged value is nearer to its own than none is.
+    Delta t wants an entry that it has where |φ_t| ≥ threshold · |Φ − φ_t| (its TALL mask), φ_t with
+    the sign of its weight: where the merged value is nearer to its own than 0 is.
 
     Args:
         terms: The deltas.
         k: 1 … the number of deltas. The paper has 2, which drops what is of use to one alone: of
             deltas with disjoint supports, everything.
-        threshold: λ ≥ 0; smaller keeps more (the paper searches 0.2 to 0.6).
+        threshold: λ ≥ 0; smaller keeps more.
     """
     if type(k) is not int or not 1 <= k <= len(terms.idx):
         raise ValueError(
@@ -288,13 +289,14 @@ def della(
     _number("della", "epsilon", epsilon, 0.0, round(2 * min(p, 1 - p), 12))
     _check_seed("della", seed)
     _one_of("della", "scope", scope, ("row", "tensor"))
+    _check_election("della", elect, divisor, scale)
     kept, val = [], []
     for j, v in enumerate(terms.val):
         rank, n = _ranks(terms.supports[j], v, scope)
         drop = ((rank + 0.5) / n - 0.5) * epsilon + p
         kept.append(_uniform(terms, j, seed) >= drop)
         val.append(v.to(torch.float32) / (1 - drop).to(torch.float32))
-    return _elected("della", replace(terms, val=val).thinned(kept), elect, divisor, scale)
+    return _elected(replace(terms, val=val).thinned(kept), elect, divisor, scale)
 
 
 @rule("breadcrumbs")
@@ -322,11 +324,14 @@ def breadcrumbs(terms: Terms, *, beta: float, gamma: float) -> Entries:
 # --- what rules share -----------------------------------------------------------------------------
 
 
-def _elected(name: str, terms: Terms, elect: str, divisor: str, scale: float) -> Entries:
-    """The terms that have the elected sign, added and divided."""
+def _check_election(name: str, elect: Any, divisor: Any, scale: Any) -> None:
     _one_of(name, "elect", elect, ("sum", "unweighted", "count"))
     _one_of(name, "divisor", divisor, ("count", "weight", "none"))
     _number(name, "scale", scale)
+
+
+def _elected(terms: Terms, elect: str, divisor: str, scale: float) -> Entries:
+    """The terms that have the elected sign, added and divided."""
     found = terms.reduce()
     if elect == "sum":
         lead = found.total
