@@ -424,8 +424,8 @@ def check_support(lengths: Tensor, idx: Tensor, ptr: Tensor, val: Tensor | None 
 def hash_pieces(data: Tensor) -> Tensor:
     """The BLAKE2b-256 hash (RFC 7693) of each piece of 65,536 bytes; the last may be shorter.
 
-    A hash is a chain, which one thread must follow; pieces are hashed side by side. Pieces and
-    their hashes are what Python's `hashlib.blake2b(piece, digest_size=32)` gives.
+    Each is what `hashlib.blake2b(piece, digest_size=32)` gives. One hash is a chain that one thread
+    has to follow; those of pieces are computed side by side.
 
     Args:
         data: uint8 [n], on the CPU.
