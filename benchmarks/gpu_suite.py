@@ -36,7 +36,8 @@ BUILD_S, TESTS_S, BENCHMARK_S, AOT_S = 90.0, 170.0, 130.0, 120.0
 # Each group of cases is a process of its own, for the same reason as the files of tests.
 GROUPS = (
     ("masked_adamw", "gather", "dense_adamw", "anchor_l1"),
-    ("compose", "compose_2", "restore", "swap", "merge", "overlap", "check_support", "digest"),
+    ("compose", "compose_2", "restore", "swap"),
+    ("merge", "reduce", "overlap", "check_support", "digest"),
     ("select_topk", "select_random", "index_build"),
     ("training_step",),
 )

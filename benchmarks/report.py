@@ -53,8 +53,9 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compose": ("Put a fine-tuning on {model}, {share}, with undo", ("w += COO",)),
     "compose_2": ("Put two on {model} at once, {share} each", ("w += COO",)),
     "restore": ("Take a fine-tuning off {model} again, exactly", ("w −= COO, inexact",)),
-    "swap": ("Exchange the fine-tuning on {model}", ()),
     "merge": ("Add two fine-tunings of {model} up", ("COO + COO",)),
+    "swap": ("Exchange the fine-tuning on {model}", ()),
+    "overlap": ("Compare two fine-tunings of {model}", ()),
     "load": ("Load and check a fine-tuning of {model}", ("legacy reader",)),
 }
 # The rows of README: op, shape, density, dtype, support, as far as there are lines.
@@ -67,7 +68,9 @@ ROWS = {
         ("training_step", "xlmr-base", 0.028, "fp32", "uniform"),
         ("compose", "xlmr-base", 0.028, "fp32", "uniform"),
         ("restore", "xlmr-base", 0.028, "fp32", "uniform"),
+        ("swap", "xlmr-base", 0.028, "fp32", "uniform"),
         ("merge", "xlmr-base", 0.028, "fp32", "uniform"),
+        ("overlap", "xlmr-base", 0.028, "fp32", "uniform"),
         ("load", "xlmr-base", 0.028, "fp32", "uniform"),
     ),
     "cuda": (

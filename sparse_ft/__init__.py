@@ -10,6 +10,7 @@ with sf.compose(model, [language, task], heads=task): ...
 
 from . import ops
 from ._version import __version__
+from .checkpoints import diff, export
 from .compose import Composition, compose
 from .delta import SFTError, SparseDelta
 from .families import decouple_output_embeddings, freeze_norms
@@ -17,12 +18,14 @@ from .lottery import LotteryTicket
 from .merge import merge
 from .optim import MaskedAdamW
 from .overlap import overlap
+from .registry import DeltaRegistry
 from .select import select
 from .snapshot import snapshot
 from .tiles import Layout, Support
 
 __all__ = [
     "Composition",
+    "DeltaRegistry",
     "Layout",
     "LotteryTicket",
     "MaskedAdamW",
@@ -32,6 +35,8 @@ __all__ = [
     "__version__",
     "compose",
     "decouple_output_embeddings",
+    "diff",
+    "export",
     "freeze_norms",
     "merge",
     "ops",

@@ -357,7 +357,8 @@ class _Reader:
         if delta.content_id != document["content_id"]:
             self.fail(
                 f"content_id: the content has the id {delta.content_id}, and the file says "
-                f"{document['content_id']}; it was damaged or changed after it was written"
+                f"{document['content_id']}; it was damaged or changed after it was written, or "
+                "comes from sparse-ft 0.1.0, whose ids were formed otherwise"
             )
         self._warn(delta, zeros)
         return delta

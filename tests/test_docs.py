@@ -32,7 +32,13 @@ class Tiny(nn.Module):
         return self.out(torch.tanh(self.hidden(x)))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/api.md", "docs/concepts.md", "docs/ops.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("README.md", "docs/api.md", "docs/concepts.md", "docs/ops.md", "docs/merging.md"),
+        "docs/serving.md",
+    ],
+)
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -85,7 +85,8 @@ def test_library_imports_downwards(path):
     for level, module in imports(path):
         assert level or top(module) not in ("benchmarks", "tests", "conftest"), f"{path}: {module}"
         if not level and top(module) == "transformers":
-            assert place[0] in ("trainer.py", "quickstart"), f"{path}: {module}"
+            # The command imports what it needs when it runs.
+            assert place[0] in ("trainer.py", "quickstart", "cli.py"), f"{path}: {module}"
 
 
 @pytest.mark.parametrize("package", [KERNELS, LIBRARY], ids=lambda p: p.name)

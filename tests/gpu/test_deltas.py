@@ -111,14 +111,15 @@ def test_a_thousand_swaps_end_in_the_same_bits(dtype):
 def test_merge(name, count):
     model = tensors(SHAPES[name], rng(name))
     idx, ptr, val = deltas_of(model, count, 0.05, rng(name, count), DTYPES[:count])
-    same(
-        ops.merge,
-        lengths=lengths_of(numels(model)),
-        idx=idx,
-        ptr=ptr,
-        val=val,
-        alphas=[1.0, -0.3, 0.7, 1.5][:count],
-    )
+    for op in (ops.merge, ops.reduce):
+        same(
+            op,
+            lengths=lengths_of(numels(model)),
+            idx=idx,
+            ptr=ptr,
+            val=val,
+            alphas=[1.0, -0.3, 0.7, 1.5][:count],
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
