@@ -532,7 +532,7 @@ class SparseDelta:
                 f"SparseDelta.bind: the {type(model).__name__} lacks {len(missing)} of the SFT's "
                 f"{len(self.layout)} tensors ({_listed(missing)}); {binding.left_out:,} of its "
                 f"{self.nnz:,} entries are left out",
-                stacklevel=2,
+                stacklevel=3,  # past the decorator
             )
         return binding
 

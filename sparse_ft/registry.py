@@ -561,6 +561,9 @@ class DeltaRegistry:
                     "again, bit for bit"
                 ) from error
             self._on = new
+            # One of many may have been evicted while the others were loaded.
+            for entry, value in values.items():
+                (self._device if self._cuda else self._host).put(entry.content_id, value)
             self._trim()
             return new
 
