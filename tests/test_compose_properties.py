@@ -1,4 +1,4 @@
-"""A thousand compositions, swaps and reversals, failures among them, end in the bits of the base."""
+"""A thousand compositions and swaps, failures among them, end in the bits of the base."""
 
 import itertools
 import sys

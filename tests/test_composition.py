@@ -13,9 +13,11 @@ import torch
 from composed import HEADS, Model, made, pristine, values, wanted
 from oracles import DTYPES, assert_bits
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import sparse_ft as sf
 from sparse_ft.compose import active
+from sparse_ft.tiles import Layout
 
 compose_module = sys.modules["sparse_ft.compose"]
 
@@ -292,7 +294,7 @@ def test_a_delta_made_under_another_name_of_a_tied_parameter():
         assert_bits(other.lin.weight.detach(), composed["lin.weight"])
     assert_bits(other.out.weight.detach(), before["emb.weight"])
     # Both names at once: one delta for each, of the same parameter.
-    entries = sf.Support.from_indices(sf.Layout.of({"out.weight": (700, 100)}), {"out.weight": [0]})
+    entries = sf.Support.from_indices(Layout.of({"out.weight": (700, 100)}), {"out.weight": [0]})
     second = sf.SparseDelta(entries, torch.ones(1))
     with sf.compose(model, [delta, second]):
         expected = composed["emb.weight"].clone()
@@ -354,3 +356,128 @@ def test_a_compiled_model_sees_the_change_and_the_restoration():
             assert torch.equal(compiled(x), model(x))
             assert not torch.equal(compiled(x), plain)
         assert torch.equal(compiled(x), plain)
+
+
+def test_a_compiled_model_is_composed_without_a_key_map_and_compiles_once():
+    model = Model()
+    delta = made(model, 1)
+    before = values(model)
+    x = torch.arange(10).reshape(2, 5)
+    compilations = []
+
+    def counting(graph, inputs):
+        compilations.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counting)
+    with torch.no_grad():
+        plain = compiled(x)
+        addresses = [p.data_ptr() for p in model.parameters()]
+        with sf.compose(compiled, delta, heads=delta):
+            assert torch.equal(compiled(x), model(x))
+            assert not torch.equal(compiled(x), plain)
+            assert [p.data_ptr() for p in model.parameters()] == addresses
+        assert torch.equal(compiled(x), plain)
+    assert len(compilations) == 1
+    pristine(model, before)
+
+
+def test_wrappers_need_no_key_map():
+    delta = made(Model(), 1)
+    with sf.compose(model := Model(), delta, heads=delta):
+        expected = values(model)
+
+    class Outer(nn.Module):
+        """A wrapper inside, as a model that is compiled in part has it."""
+
+        def __init__(self):
+            super().__init__()
+            inner = Model()
+            inner.lin = torch.compile(inner.lin, backend="eager")
+            inner.emb = nn.DataParallel(inner.emb)
+            for name, child in inner.named_children():
+                self.add_module(name, child)
+            self.scale, self.none = inner.scale, inner.none
+
+    wrapped = [nn.DataParallel(Model()), torch.compile(nn.DataParallel(Model())), Outer()]
+    for outer in wrapped:
+        before = values(outer)
+        with sf.compose(outer, delta, heads=delta):
+            named = dict(outer.named_parameters(remove_duplicate=False))
+            for name, value in named.items():
+                own = name.replace("_orig_mod.", "").replace("module.", "")
+                assert_bits(value.detach(), expected[own], name)
+        pristine(outer, before)
+
+
+@pytest.mark.parametrize(
+    "key_map",
+    [
+        {"": "base."},
+        {"emb.": "base.emb.", "lin.": "base.lin.", "out.": "base.out.", "head.": "base.head."}
+        | {"scale": "base.scale", "none": "base.none"},
+        lambda name: f"base.{name}",
+    ],
+    ids=["prefix", "prefixes and names", "callable"],
+)
+def test_names_are_mapped(key_map):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = Model()
+
+    delta = made(Model(), 1)
+    with sf.compose(model := Model(), delta, heads=delta):
+        expected = values(model)
+    outer = Outer()
+    before = values(outer)
+    with pytest.raises(sf.SFTError, match=r"no parameter 'emb\.weight'.*pass a key_map"):
+        sf.compose(outer, delta)
+    with sf.compose(outer, delta, heads=delta, key_map=key_map):
+        pristine(outer.base, expected)
+    pristine(outer, before)
+    layout = Layout.of({"a": (), "b": ()})
+    two = sf.SparseDelta(sf.Support.from_indices(layout, {"a": [0], "b": [0]}), torch.ones(2))
+    with pytest.raises(sf.SFTError, match="'a' and 'b' are one tensor in this model"):
+        sf.compose(outer, two, key_map={"a": "base.scale", "b": "base.scale"})
+
+
+def test_what_the_model_lacks_may_be_left_out():
+    delta = made(Model(), 1)
+    model = Model()
+    model.lin = nn.Identity()
+    before = values(model)
+    lost = len(delta.values("lin.weight")) + len(delta.values("lin.bias"))
+    with pytest.raises(sf.SFTError, match=r"no parameter 'lin\.bias'"):
+        sf.compose(model, delta)
+    # The digest is over all entries: without some of them it says nothing.
+    with pytest.raises(sf.SFTError, match=rf"hold {lost:,} of .* cannot be recognised"):
+        sf.compose(model, delta, unused="ignore")
+    pristine(model, before)
+    message = rf"lacks 2 of the SFT's \d tensors \('lin\.bias', 'lin\.weight'\); {lost:,} of its"
+    with (
+        pytest.warns(UserWarning, match=message),
+        sf.compose(model, delta, unused="ignore", allow_base_mismatch=True),
+    ):
+        whole = Model()
+        with sf.compose(whole, delta):
+            expected = values(whole)
+        for name, value in model.state_dict().items():
+            assert_bits(value, expected[name], name)
+    pristine(model, before)
+    # A tensor without entries is no loss, and the digest still tells.
+    entries = sf.Support.from_indices(Layout.of({"lin.bias": (30,), "scale": ()}), {"scale": [0]})
+    pieces = {"scale": torch.tensor([1.5])}
+    part = sf.SparseDelta.from_compact(entries, torch.ones(1), base=pieces)
+    with (
+        pytest.warns(UserWarning, match="0 of its 1 entries"),
+        sf.compose(model, part, unused="ignore"),
+    ):
+        assert model.scale.item() == 2.5
+    with torch.no_grad():
+        model.scale.add_(1)
+    with pytest.raises(sf.SFTError, match="another base model"):
+        sf.compose(model, part, unused="ignore")
+    with pytest.raises(ValueError, match='"error" or "ignore", got \'skip\''):
+        sf.compose(model, part, unused="skip")
