@@ -342,6 +342,8 @@ def test_pristine_gives_what_lies_beneath():
             part = composition.pristine({"lin.bias": composed["lin.bias"]})
             assert_bits(part["lin.bias"], before["lin.bias"])
             assert len(part) == 1
+            with pytest.raises(KeyError, match="no parameter 'x'"):
+                composition.pristine({"x": before["lin.bias"]})
 
 
 def test_a_compiled_model_sees_the_change_and_the_restoration():
@@ -456,25 +458,23 @@ def test_what_the_model_lacks_may_be_left_out():
         sf.compose(model, delta, unused="ignore")
     pristine(model, before)
     message = rf"lacks 2 of the SFT's \d tensors \('lin\.bias', 'lin\.weight'\); {lost:,} of its"
-    with (
-        pytest.warns(UserWarning, match=message),
-        sf.compose(model, delta, unused="ignore", allow_base_mismatch=True),
-    ):
-        whole = Model()
-        with sf.compose(whole, delta):
-            expected = values(whole)
-        for name, value in model.state_dict().items():
-            assert_bits(value, expected[name], name)
+    with pytest.warns(UserWarning, match=message):
+        composition = sf.compose(model, delta, unused="ignore", allow_base_mismatch=True)
+    whole = Model()
+    with sf.compose(whole, delta):
+        expected = values(whole)
+    for name, value in model.state_dict().items():
+        assert_bits(value, expected[name], name)
+    composition.restore()
     pristine(model, before)
     # A tensor without entries is no loss, and the digest still tells.
     entries = sf.Support.from_indices(Layout.of({"lin.bias": (30,), "scale": ()}), {"scale": [0]})
     pieces = {"scale": torch.tensor([1.5])}
     part = sf.SparseDelta.from_compact(entries, torch.ones(1), base=pieces)
-    with (
-        pytest.warns(UserWarning, match="0 of its 1 entries"),
-        sf.compose(model, part, unused="ignore"),
-    ):
-        assert model.scale.item() == 2.5
+    with pytest.warns(UserWarning, match="0 of its 1 entries"):
+        composition = sf.compose(model, part, unused="ignore")
+    assert model.scale.item() == 2.5
+    composition.restore()
     with torch.no_grad():
         model.scale.add_(1)
     with pytest.raises(sf.SFTError, match="another base model"):
