@@ -52,8 +52,8 @@ class _Entry:
     Attributes:
         path: Its file, or None for a delta that came as an object.
         names: Per kind of weights, the delta's names of tensors → the model's.
-        heads: The same for its heads; None where the model has no place for them, with the reason
-            in `headless`.
+        heads: The same for its heads; none where the model has no place for them.
+        headless: Why it has none.
         loading: Held while the file is read or the delta uploaded, so that it happens once.
     """
 
@@ -292,7 +292,8 @@ class DeltaRegistry:
         no memory) leaves what was on the model; one during the writes leaves the base model.
 
         Args:
-            deltas: An id, a pair (id, α), or several of them; α is 1 where it is not given.
+            deltas: An id, a pair (id, α), or several of them; α is 1 where it is not given. An
+                empty list is the base model.
             heads: The ids, of those given, whose heads are to be put on the model as well.
 
         Returns:
