@@ -450,7 +450,10 @@ class DeltaRegistry:
             with self._lock:
                 value = self._host.get(entry.content_id)
             if value is None:
-                assert entry.path is not None
+                if entry.path is None:
+                    raise KeyError(
+                        f"DeltaRegistry: the delta {_short(entry.content_id)} was removed meanwhile"
+                    )
                 delta = SparseDelta.load(entry.path)
                 if delta.content_id != entry.content_id:
                     raise SFTError(
