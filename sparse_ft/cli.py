@@ -417,8 +417,7 @@ def _import(
     from sparse_ft.checkpoints import Checkpoint
 
     meta: dict[str, Any] = {key: value for key, value in labels.items() if value}
-    if not os.path.lexists(source) and hub.looks_like_repository(source):
-        source = hub.download(source)
+    source = hub.located(source)
     if os.path.isfile(os.path.join(source, "adapter_config.json")):
         if base is None:
             raise ValueError(

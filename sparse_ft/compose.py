@@ -321,7 +321,7 @@ class Composition(Applied):
         # Canonical order: the same bits whatever the order of the list.
         order = list(range(len(ids)))
         if compat is None:
-            order.sort(key=ids.__getitem__)
+            order.sort(key=lambda j: (ids[j], weights[j]))
         names = {id(p): name for name, p in named_parameters(model).items()}
         members: dict[Kind, list[tuple[int, dict[str, str]]]] = {}
         tensors: dict[Kind, dict[str, Tensor]] = {}

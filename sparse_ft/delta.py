@@ -415,17 +415,9 @@ class SparseDelta:
                 which field and why.
         """
         from .files import load
-        from .hub import download, looks_like_repository
+        from .hub import located
 
-        if os.path.lexists(source):
-            if revision is not None:
-                raise SFTError(
-                    f"SparseDelta.load: {os.fsdecode(source)!r} is a path on this machine, which "
-                    f"has no revision {revision!r}; only Hub repositories have revisions"
-                )
-        elif looks_like_repository(source):
-            source = download(str(source), revision)
-        return load(source, mmap=mmap)
+        return load(located(source, revision), mmap=mmap)
 
     def push_to_hub(
         self,

@@ -15,23 +15,44 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .files import FILE_NAME, LEGACY_NAME, SFTFileError
+from .metadata import SFTError
 
 if TYPE_CHECKING:
     from .delta import SparseDelta
 
-__all__ = ["download", "looks_like_repository", "model_card", "push"]
+__all__ = ["download", "located", "model_card", "push"]
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def looks_like_repository(source: str | os.PathLike[str]) -> bool:
-    """Whether a source that is no path on this machine may be the id of a Hub repository."""
-    return (
+def located(source: str | os.PathLike[str], revision: str | None = None) -> str:
+    """A source as a path of this machine: a repository of the Hub is fetched into the cache.
+
+    Args:
+        source: A path, or, where there is no such path, the id of a repository, "owner/name".
+        revision: Branch, tag or commit of the repository.
+
+    Returns:
+        The path given, or that of the fetched file.
+
+    Raises:
+        SFTFileError: The repository cannot be fetched, or holds no SFT.
+        SFTError: A revision is given for a path.
+    """
+    if os.path.lexists(source):
+        if revision is not None:
+            raise SFTError(
+                f"SparseDelta.load: {os.fsdecode(source)!r} is a path on this machine, which has "
+                f"no revision {revision!r}; only Hub repositories have revisions"
+            )
+    elif (
         isinstance(source, str)
         and len(source) <= 96
-        and bool(_REPOSITORY.fullmatch(source))
+        and _REPOSITORY.fullmatch(source)
         and not source.endswith((".safetensors", ".bin"))
-    )
+    ):
+        return download(source, revision)
+    return os.fsdecode(source)
 
 
 def download(repo_id: str, revision: str | None = None) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .compose import Applied, Group, Head, Kind, Part, active, by_kind, placed
 from .delta import Binding, KeyMap, SFTError, SparseDelta
 from .families import named_parameters, unusable
+from .hub import located
 from .tiles import Layout
 
 __all__ = ["DeltaRegistry"]
@@ -120,13 +121,14 @@ class DeltaRegistry:
 
     Args:
         model: The base model, with nothing on it.
-        budget_bytes: Bytes of deltas to keep in the memory of CUDA devices; default: all of them.
+        budget_bytes: Bytes of deltas to keep in the memory of the model's devices; default: all of
+            them.
         host_budget_bytes: Bytes of deltas to keep in host memory, pinned for a model on CUDA;
-            default: all of them.
+            default: all of them. For a model on the CPU both are one, and the smaller holds.
 
     Raises:
         RuntimeError: Something is on the model.
-        ValueError: A budget is negative, or budgets a device tier that the model does not have.
+        ValueError: A budget is negative.
     """
 
     # `_turn` is held by whoever decides what is on the model, for a whole `with` block; `_lock` for
@@ -150,11 +152,10 @@ class DeltaRegistry:
         ):
             if budget is not None and budget < 0:
                 raise ValueError(f"DeltaRegistry: {name} must be ≥ 0 or None, got {budget}")
-        if budget_bytes is not None and not self._cuda:
-            raise ValueError(
-                "DeltaRegistry: budget_bytes is for the memory of CUDA devices, and the model is "
-                "on the CPU; pass host_budget_bytes"
-            )
+        if not self._cuda:
+            # The model's memory is the host's: the narrower budget holds.
+            given = [b for b in (budget_bytes, host_budget_bytes) if b is not None]
+            budget_bytes, host_budget_bytes = None, min(given, default=None)
         if (other := active(model)) is not None:
             raise RuntimeError(f"DeltaRegistry: {other!r} is on this model; restore it first")
         self._model = model
@@ -204,12 +205,14 @@ class DeltaRegistry:
             ValueError: The id means another delta.
         """
         path = None
-        if not isinstance(source, SparseDelta):
-            path = os.path.realpath(os.fspath(source))
+        if isinstance(source, SparseDelta):
+            delta = source
+        else:
+            path = os.path.realpath(located(source))
             with self._lock:
                 if (known := self._by_path.get(path)) is not None:
                     return self._call(known, id)
-        delta = source if isinstance(source, SparseDelta) else SparseDelta.load(source)
+            delta = SparseDelta.load(path)
         if delta.kind != "diff":
             raise SFTError(
                 f"DeltaRegistry.add: a delta of kind {delta.kind!r} replaces values and cannot be "
@@ -548,7 +551,7 @@ class DeltaRegistry:
             self._check_model()
             groups = [Group(layout, weights) for layout, weights in self._sites.values()]
             # Canonical order: the same bits whatever the order of the list.
-            for entry, alpha in sorted(terms, key=lambda term: term[0].content_id):
+            for entry, alpha in sorted(terms, key=lambda term: (term[0].content_id, term[1])):
                 if alpha:
                     _wait_for(values[entry])
                     for kind, group in zip(self._sites, groups, strict=True):

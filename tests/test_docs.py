@@ -1,5 +1,6 @@
 """The documents: what they show as Python runs, what they link to exists."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -41,6 +42,9 @@ class Tiny(nn.Module):
 )
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # A page that adds a rule adds it for itself.
+    merging = importlib.import_module("sparse_ft.merge")
+    monkeypatch.setattr(merging, "RULES", dict(merging.RULES))
     torch.manual_seed(0)
     model = Tiny()
     x, y = torch.randn(64, 40), torch.randint(3, (64,))
@@ -55,14 +59,22 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
     def evaluate(model):
         return (model(x).argmax(1) == y).double().mean().item()
 
-    # What the reader is told to have: a model, a loop, a second file.
-    names = {"model": model, "train": train, "evaluate": evaluate}
-    if name == "README.md":
+    # What the reader is told to have: a model, a loop, files of other SFTs, a batch.
+    names = {"model": model, "train": train, "evaluate": evaluate, "predict": model, "batch": x}
+    names |= {"x": x, "inputs": x, "out": torch.zeros(64, 3), "outputs": torch.zeros(64, 3)}
+    names["languages"] = ["swahili", "hausa"]
+    names["language_of_each"] = names["languages_of_the_batch"] = ["swahili", "hausa"] * 32
+    if name in ("README.md", "docs/serving.md"):
         import sparse_ft as sf
 
         base = sf.snapshot(model)
-        train(model)
-        sf.SparseDelta.between(base, model).save("ner.safetensors")
+        (tmp_path / "sfts").mkdir()
+        for other in ("swahili", "hausa", "ner"):
+            train(model)
+            head = {"out.bias": model.out.bias} if other == "ner" else {}
+            delta = sf.SparseDelta.between(base, model, heads=head)
+            delta.save(f"{other}.safetensors")
+            delta.save(f"sfts/{other}.safetensors")
         base.restore(model)
     for block in blocks(ROOT / name):
         exec(compile(block, name, "exec"), names)

@@ -531,8 +531,9 @@ def test_what_cannot_be_is_refused():
     delta = made(model, 1)
     registry = DeltaRegistry(model)
     registry.add(delta, "a")
-    with pytest.raises(ValueError, match="model is on the CPU; pass host_budget_bytes"):
-        DeltaRegistry(model, budget_bytes=1)
+    # On the CPU the model's memory is the host's.
+    assert DeltaRegistry(model, budget_bytes=1)._host.budget == 1
+    assert DeltaRegistry(model, 5, host_budget_bytes=3)._host.budget == 3
     with pytest.raises(ValueError, match="host_budget_bytes must be ≥ 0"):
         DeltaRegistry(model, host_budget_bytes=-1)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
