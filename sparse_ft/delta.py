@@ -157,10 +157,11 @@ class SparseDelta:
         pieces: list[Tensor] = []
         base_pieces: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
+        scratch = _Scratch()
         for name in sorted(names_compared):
             old, new = before[name].detach().reshape(-1), after[name].detach().reshape(-1)
             if support is None:
-                positions, values, base_pieces[name] = _differing(name, old, new, eps)
+                positions, values, base_pieces[name] = _differing(name, old, new, eps, scratch)
                 found[name] = positions
             else:
                 positions = support.indices(name)
@@ -901,18 +902,42 @@ def _check_pair(
         raise SFTError(f"SparseDelta.between: {name!r} has shape {said}")
 
 
-def _differing(name: str, old: Tensor, new: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+class _Scratch:
+    """Memory for one chunk of a comparison, taken once: pieces that are kept would else settle in
+    what each chunk frees, and the process grow with the model."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._buffers:
+            difference, size = torch.empty(2, _CHUNK, device=device)
+            self._buffers[device] = (
+                difference,
+                size,
+                torch.empty(_CHUNK, dtype=torch.bool, device=device),
+            )
+        return self._buffers[device]
+
+
+def _differing(
+    name: str, old: Tensor, new: Tensor, eps: float, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
     positions, values, base = [], [], []
     for start in range(0, old.numel(), _CHUNK):
-        a = old[start : start + _CHUNK]
-        d = new[start : start + _CHUNK].to(a.device, torch.float32) - a.to(torch.float32)
-        if not torch.isfinite(d).all():
-            at = start + int((~torch.isfinite(d)).nonzero()[0])
+        a, b = old[start : start + _CHUNK], new[start : start + _CHUNK]
+        d, size, moved = (buffer[: len(a)] for buffer in scratch.on(a.device))
+        d.copy_(b).sub_(size.copy_(a))
+        torch.abs(d, out=size)
+        # The largest of several is NaN where one is.
+        if not torch.isfinite(size.amax()):
+            at = int((~torch.isfinite(d)).nonzero()[0])
             raise SFTError(
-                f"SparseDelta.between: {name!r} differs by {d[at - start].item()} at flat index "
-                f"{at}; differences must be finite"
+                f"SparseDelta.between: {name!r} differs by {d[at].item()} at flat index "
+                f"{start + at}; differences must be finite"
             )
-        at_ = (d.abs() > eps).nonzero().reshape(-1)
+        torch.gt(size, eps, out=moved)
+        at_ = moved.nonzero().reshape(-1)
         positions.append((at_ + start).cpu())
         values.append(d[at_].cpu())
         base.append(a[at_].cpu())
