@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_ft_kernels import TILE, Reduction, select_topk
 from sparse_ft_kernels import merge as merge_entries
 from sparse_ft_kernels import reduce as reduce_entries
 from sparse_ft_kernels.reference import mix, shift, signed
 
+from .compose import placed
 from .delta import SFTError, SparseDelta
 from .tiles import Layout, Support
 
@@ -43,9 +45,10 @@ class Terms:
         ptr: int64 [tiles + 1] of each.
         val: fp32, bf16 or fp16 [nnz] of each.
         alphas: Weight of each.
-        supports: The entries of each over its own tensors alone: nothing in them depends on the
-            other deltas.
+        supports: The entries of each over its own tensors alone, in the same order.
         ids: Content id of each.
+        origins: Where the entries of each stand in the delta itself, as `_keys` gives it; None
+            where that is what `supports` says.
     """
 
     lengths: Tensor
@@ -55,6 +58,7 @@ class Terms:
     alphas: Sequence[float]
     supports: Sequence[Support]
     ids: Sequence[str]
+    origins: Sequence[Tensor | None]
 
     def sum(self) -> Entries:
         """Σ αφ on the union."""
@@ -313,11 +317,17 @@ def breadcrumbs(terms: Terms, *, beta: float, gamma: float) -> Entries:
             of a layer, these of the entries that a delta has.
     """
     _number("breadcrumbs", "beta", beta, 0.0, 1.0, open_high=True)
-    _number("breadcrumbs", "gamma", gamma, 0.0, 1.0 - beta, open_high=True)
+    _number("breadcrumbs", "gamma", gamma, 0.0, 1.0, open_high=True)
+    if beta + gamma >= 1:
+        raise ValueError(
+            f"merge: rule 'breadcrumbs': beta + gamma must be below 1, got {beta:g} + {gamma:g}"
+        )
     kept = []
     for support, val in zip(terms.supports, terms.val, strict=True):
         rank, n = _ranks(support, val, "tensor")
-        kept.append((rank >= (n * gamma).floor()) & (rank < n - (n * beta).floor()))
+        # Shares are decimals: 0.29 · 100 is 29, whatever binary makes of it.
+        largest, smallest = ((n * share + 1e-9).floor() for share in (gamma, beta))
+        kept.append((rank >= largest) & (rank < n - smallest))
     return terms.thinned(kept).sum()
 
 
@@ -426,9 +436,9 @@ def _uniform(terms: Terms, j: int, seed: int) -> Tensor:
     mix(seed·c₁ + id + (position + 1)·c₂) mod 2^64, SplitMix64 (Steele, Lea and Flood, 2014) with
     the counter at the entry's position in the delta; id is the first 64 bits of the content id.
     """
-    support = terms.supports[j]
+    support, origin = terms.supports[j], terms.origins[j]
     start = signed(seed * 0xD1342543DE82EF95 + int(terms.ids[j][:16], 16))
-    position = _keys(support.idx, support.ptr) + 1
+    position = (_keys(support.idx, support.ptr) if origin is None else origin) + 1
     return shift(mix(position * signed(0x9E3779B97F4A7C15) + start), 11).double() * 2.0**-53
 
 
@@ -444,6 +454,7 @@ def _number(
 ) -> None:
     """Refuses what is no finite number of a range."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = number and abs(value) <= sys.float_info.max
     above = number and (value > low if open_low else value >= low)
     if not (above and (value < high if open_high else value <= high) and math.isfinite(value)):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
@@ -476,6 +487,7 @@ def merge(
     *,
     rule: str = "sum",
     heads: SparseDelta | None = None,
+    base: nn.Module | Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> SparseDelta:
     """Merges sparse fine-tunings of one base model into one.
@@ -492,6 +504,9 @@ def merge(
             "disjoint": entries of one delta alone; "ties", "consensus", "dare", "della",
             "breadcrumbs": the published methods. docs/merging.md has the formulas.
         heads: The delta, of those given, whose heads the result keeps; default: none.
+        base: The base model, or its tensors by name: the deltas are recognised as its own, and the
+            result gets the digest by which `compose` recognises it. Without it the result carries
+            none, since the digests of the deltas do not tell that of their union.
         **options: Options of the rule, such as density=0.5 for "ties" or p=0.9, seed=1 for "dare".
 
     Returns:
@@ -520,34 +535,40 @@ def merge(
                 f"merge: deltas[{j}] is of kind {delta.kind!r}: it replaces values and cannot be "
                 "added"
             )
-    union = union_layout("merge", chosen)
-    common = _common(chosen, union)
+    names = shared_names("merge", chosen)
+    union = union_layout("merge", chosen, names)
+    common = _common(chosen, names)
+    base_values = None if base is None else _base_values(chosen, base)
     order = list(range(len(chosen)))
     if not RULES[rule].ordered:
         order.sort(key=lambda j: (chosen[j].content_id, alphas[j]))
     device = chosen[0].device
-    own = [chosen[j].support.to(device) for j in order]
-    wide = [support.expand(union) for support in own]
+    own = [renamed(chosen[j], names[j], device) for j in order]
+    wide = [support.expand(union) for support, _ in own]
     terms = Terms(
         union.lengths.to(device),
         [support.idx for support in wide],
         [support.ptr for support in wide],
-        [chosen[j].val.to(device) for j in order],
+        [val for _, val in own],
         [alphas[j] for j in order],
-        own,
+        [support for support, _ in own],
         [chosen[j].content_id for j in order],
+        [_origin(chosen[j], names[j], device) for j in order],
     )
     idx, ptr, val = RULES[rule].function(terms, **options)
+    # A sum from +0 has no −0; neither has what a rule makes of it.
+    val = val + 0.0
     recipe: dict[str, Any] = {"method": f"merge:{rule}"}
     if options:
         recipe["options"] = options
     recipe["merged_from"] = [{"id": chosen[j].content_id, "alpha": alphas[j]} for j in order]
-    return SparseDelta(
+    merged = SparseDelta(
         Support(union, idx, ptr, check=False),
         val,
         heads=dict(heads.heads) if heads is not None else None,
         meta={**common, "recipe": recipe},
     )
+    return merged if base_values is None else _with_digest(merged, base_values)
 
 
 def given(op: str, deltas: SparseDelta | Iterable[SparseDelta]) -> list[SparseDelta]:
@@ -566,7 +587,7 @@ def given(op: str, deltas: SparseDelta | Iterable[SparseDelta]) -> list[SparseDe
     return chosen
 
 
-def _common(deltas: Sequence[SparseDelta], union: Layout) -> dict[str, Any]:
+def _common(deltas: Sequence[SparseDelta], names: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """What the metadata of all deltas say about their base model: its names, not its digest, which
     belongs to one support."""
     bases = [dict(delta.meta.get("base", {})) for delta in deltas]
@@ -575,33 +596,140 @@ def _common(deltas: Sequence[SparseDelta], union: Layout) -> dict[str, Any]:
         for key, value in bases[0].items()
         if not key.startswith("digest") and all(other.get(key) == value for other in bases)
     }
-    aliases: dict[str, list[str]] = {}
+    aliases: dict[str, set[str]] = {}
     dtypes: dict[str, str] = {}
-    for delta in deltas:
-        dtypes |= delta.meta.get("dtypes", {})
+    for delta, shared in zip(deltas, names, strict=True):
+        for name, dtype in delta.meta.get("dtypes", {}).items():
+            dtypes[shared[name]] = dtype
         for name, others in delta.meta.get("aliases", {}).items():
-            aliases[name] = sorted({*aliases.get(name, []), *others})
-            if twice := [other for other in others if other in union]:
+            aliases.setdefault(shared[name], set()).update((name, *others))
+    return {
+        "base": base,
+        "aliases": {name: sorted(others - {name}) for name, others in aliases.items()},
+        "dtypes": dtypes,
+    }
+
+
+def shared_names(op: str, deltas: Sequence[SparseDelta]) -> list[dict[str, str]]:
+    """One name for every tensor that several deltas have: a tied one goes by different names in
+    different models, such as a language model and a classifier.
+
+    Args:
+        op: Who asks, for messages.
+        deltas: The deltas.
+
+    Returns:
+        For each delta, its names of tensors → the shared ones: of the names that the deltas use,
+        the first that contains "embed", or else the first.
+
+    Raises:
+        SFTError: What is one tied tensor in one delta is two tensors in another.
+    """
+    group: dict[str, set[str]] = {}
+    for delta in deltas:
+        for name, others in delta.meta.get("aliases", {}).items():
+            members = {name, *others}.union(*(group.get(n, ()) for n in (name, *others)))
+            for member in members:
+                group[member] = members
+    used = {name for delta in deltas for name in delta.layout.names}
+    shared = {
+        name: min(group.get(name, {name}) & used, key=lambda n: ("embed" not in n, n))
+        for name in used
+    }
+    found = []
+    for j, delta in enumerate(deltas):
+        own = {name: shared[name] for name in delta.layout.names}
+        taken: dict[str, str] = {}
+        for name, target in own.items():
+            if (other := taken.setdefault(target, name)) != name:
                 raise SFTError(
-                    f"merge: {name!r} and {twice[0]!r} are one tied tensor, and the deltas name it "
-                    "differently; make them from models that name it alike"
+                    f"{op}: {other!r} and {name!r} are two tensors in deltas[{j}], and one tied "
+                    "tensor in another delta; make them from models that tie them alike"
                 )
-    return {"base": base, "aliases": aliases, "dtypes": dtypes}
+        found.append(own)
+    return found
 
 
-def union_layout(op: str, deltas: Sequence[SparseDelta]) -> Layout:
-    """The tensors of all deltas together.
+def renamed(
+    delta: SparseDelta, names: Mapping[str, str], device: torch.device
+) -> tuple[Support, Tensor]:
+    """A delta's entries and values under other names, in their order."""
+    if all(name == other for name, other in names.items()):
+        return delta.support.to(device), delta.val.to(device)
+    shapes = zip(delta.layout.names, delta.layout.shapes, strict=True)
+    layout = Layout.of({names[name]: shape for name, shape in shapes})
+    idx, ptr, val = placed(delta, names, layout, device)
+    return Support(layout, idx, ptr, check=False), val
+
+
+def _base_values(
+    deltas: Sequence[SparseDelta], base: nn.Module | Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """The base model's tensors by every name they have, once the deltas are known to be of it."""
+    values = (
+        dict(base.named_parameters(remove_duplicate=False)) if isinstance(base, nn.Module) else base
+    )
+    for delta in deltas:
+        delta.check_base(_tensors_of(delta, values))
+    return values
+
+
+def _tensors_of(delta: SparseDelta, values: Mapping[str, Tensor]) -> list[Tensor]:
+    found = []
+    for name, shape in zip(delta.layout.names, delta.layout.shapes, strict=True):
+        known = [n for n in (name, *delta.meta.get("aliases", {}).get(name, ())) if n in values]
+        if not known:
+            raise SFTError(f"merge: base has no tensor {name!r}, which a delta has")
+        tensor = values[known[0]]
+        if tuple(tensor.shape) != shape:
+            raise SFTError(
+                f"merge: {known[0]!r} has shape {tuple(tensor.shape)} in base and {shape} in a "
+                "delta"
+            )
+        found.append(tensor)
+    return found
+
+
+def _with_digest(delta: SparseDelta, values: Mapping[str, Tensor]) -> SparseDelta:
+    tensors = _tensors_of(delta, values)
+    pieces, dtypes = {}, {}
+    for name, tensor in zip(delta.layout.names, tensors, strict=True):
+        at = delta.indices(name).to(tensor.device)
+        pieces[name] = tensor.detach().reshape(-1)[at].cpu()
+        dtypes[name] = tensor.dtype
+    return SparseDelta.from_compact(
+        delta.support,
+        delta.val,
+        heads=delta.heads,
+        base=pieces,
+        base_dtypes=dtypes,
+        meta=delta.meta,
+    )
+
+
+def _origin(delta: SparseDelta, names: Mapping[str, str], device: torch.device) -> Tensor | None:
+    if all(name == other for name, other in names.items()):
+        return None
+    keys = _keys(delta.support.idx, delta.support.ptr)
+    order = sorted(names, key=names.__getitem__)
+    return torch.cat([keys[delta.support.entries_of(name)] for name in order]).to(device)
+
+
+def union_layout(
+    op: str, deltas: Sequence[SparseDelta], names: Sequence[Mapping[str, str]]
+) -> Layout:
+    """The tensors of all deltas together, under their shared names.
 
     Raises:
         SFTError: Two of them disagree about a shape.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for j, delta in enumerate(deltas):
-        for name, shape in zip(delta.layout.names, delta.layout.shapes, strict=True):
+        for own, shape in zip(delta.layout.names, delta.layout.shapes, strict=True):
+            name = names[j][own]
             if shapes.setdefault(name, shape) != shape:
                 raise SFTError(
                     f"{op}: {name!r} has shape {shapes[name]} in an earlier delta and {shape} in "
-                    f"deltas[{j}]; "
-                    "they belong to different base models"
+                    f"deltas[{j}]; they belong to different base models"
                 )
     return Layout.of(shapes)

@@ -17,7 +17,7 @@ import torch
 from sparse_ft_kernels import overlap as overlap_entries
 
 from .delta import SparseDelta
-from .merge import given, union_layout
+from .merge import given, renamed, shared_names, union_layout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -420,10 +420,12 @@ def overlap(
     """
     chosen = given("overlap", deltas)
     labels = _labels(chosen, names)
-    union = union_layout("overlap", chosen)
+    shared = shared_names("overlap", chosen)
+    union = union_layout("overlap", chosen, shared)
     device = chosen[0].device
-    supports = [d.support.expand(union).to(device) for d in chosen]
-    values = [d.val.to(device) for d in chosen]
+    own = [renamed(d, s, device) for d, s in zip(chosen, shared, strict=True)]
+    supports = [support.expand(union) for support, _ in own]
+    values = [val for _, val in own]
     n = len(chosen)
     both = np.zeros((n, n), np.int64)
     same_sign = np.zeros((n, n), np.int64)
@@ -433,9 +435,10 @@ def overlap(
     first = union.tile_starts
     pairs: Iterable[tuple[int, int]] = list(combinations_with_replacement(range(n), 2))
     if progress:
+        from rich.console import Console
         from rich.progress import track
 
-        pairs = track(pairs, "overlap")
+        pairs = track(pairs, "overlap", console=Console(stderr=True))
     for i, j in pairs:
         counts, dots = overlap_entries(
             *(supports[i].idx, supports[i].ptr, values[i]),
