@@ -21,7 +21,7 @@ from .merge import given, renamed, shared_names, union_layout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
+    from rich.console import ConsoleRenderable
 
 __all__ = ["METRICS", "Overlap", "layer_of", "overlap"]
 
@@ -42,8 +42,12 @@ METRICS = {
     "interference": ("energy lost in the sum", ".3f"),
     "embedding_share": ("share of the entries in both that lie in embeddings", ".1%"),
 }
+# Those that have a sign: a heat map shows them about 0, and at least as far as this on either side.
+_SIGNED = ("cosine", "cosine_common", "interference")
+_LEAST_SIGNED = 0.05
 # Up to this many fine-tunings a heat map has its values written into it.
 _ANNOTATED = 16
+_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def layer_of(name: str) -> str:
@@ -70,6 +74,32 @@ def _place(layer: str) -> tuple[int, str, int]:
     if layer in (EMBEDDINGS, OTHER):
         return (0 if layer == EMBEDDINGS else 2, "", 0)
     return 1, stem, int(number)
+
+
+def _shared_start(texts: Sequence[str]) -> int:
+    """Length of what all texts begin with, up to the end of a word."""
+    end = 0
+    for i, letters in enumerate(zip(*texts, strict=False), 1):
+        if len(set(letters)) > 1:
+            break
+        end = i if letters[0] in "-_./ " else end
+    return end
+
+
+def _short(labels: Sequence[str]) -> list[str]:
+    """Labels without the words that all begin with, and without those that all end with."""
+    first = _shared_start(labels)
+    last = _shared_start([label[first:][::-1] for label in labels])
+    short = [label[first : len(label) - last] for label in labels]
+    return short if all(short) else list(labels)
+
+
+def _written(value: float, spec: str) -> str:
+    """A value as `METRICS` says, and what rounds to 0 without a sign; "" for NaN."""
+    if math.isnan(value):
+        return ""
+    text = format(value, spec)
+    return text if text.strip("-0.%") else text.removeprefix("-")
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -266,8 +296,11 @@ class Overlap:
             ],
         }
 
-    def table(self, metric: str = "share") -> Table:
-        """A matrix as a table for the terminal.
+    def table(self, metric: str = "share") -> ConsoleRenderable:
+        """A matrix as a table that `rich.print` shows; a notebook shows it as it is.
+
+        The rows have the labels in full, the columns without the words that all labels begin or end
+        with. Columns that do not fit beside each other follow below.
 
         Args:
             metric: One of `METRICS`.
@@ -275,55 +308,63 @@ class Overlap:
         Raises:
             ValueError: An unknown metric.
         """
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
+        from .matrix import Matrix
 
-        values, title, spec = self._metric("table", metric)
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-        table.add_column()
-        table.add_column("entries", justify="right")
-        for label in self.labels:
-            table.add_column(Text(label), justify="right")
-        for label, nnz, row in zip(self.labels, self.nnz, values, strict=True):
-            cells = ["" if math.isnan(v) else format(v, spec) for v in row]
-            table.add_row(Text(label), f"{nnz:,}", *cells)
-        return table
+        _, cells, title, _ = self._metric("table", metric)
+        entries = [f"{nnz:,}" for nnz in self.nnz.tolist()]
+        return Matrix(title, self.labels, _short(self.labels), entries, cells)
 
     def plot(self, path: str | os.PathLike[str], metric: str = "share") -> None:
         """Draws a matrix as a heat map. The diagonal stays empty: it would set the scale.
+
+        Colours begin at 0, or for cosines and interference are centred there, and reach as far as
+        the values do; values that are written nearly alike never fill the whole scale.
 
         Args:
             path: The file; its suffix (.png, .svg, .pdf) says of which kind.
             metric: One of `METRICS`.
 
         Raises:
-            ValueError: An unknown metric.
+            ValueError: An unknown metric or suffix.
             ModuleNotFoundError: matplotlib is not installed.
         """
-        values, title, spec = self._metric("plot", metric)
+        values, cells, title, spec = self._metric("plot", metric)
         n = len(self.labels)
         few = n <= _ANNOTATED
-        side = max(3.0, n * (0.6 if few else 0.17))
-        figure = _figure("plot", side + 2.5, side + 1.5)
-        from matplotlib.ticker import FuncFormatter
+        # Inches; a character is about 0.07 wide.
+        cell = 0.08 * max(7, *(len(text) for row in cells for text in row)) if few else 0.17
+        side, size = max(2.4, n * cell), 9 if few else 6
+        # The map fills the figure: all else lies outside, and what is saved grows to hold it.
+        figure = _figure("plot", path, side, side)
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-        axes = figure.subplots()
+        axes = figure.add_axes((0, 0, 1, 1), facecolor="0.8")
+        high = min(1.0, 5 / side)
+        bar = figure.add_axes((1 + 0.2 / side, 1 - high, 0.2 / side, high))
         shown = np.ma.masked_invalid(np.where(np.eye(n, dtype=bool), np.nan, values))
-        least = np.min(shown.compressed(), initial=0.0)
-        image = axes.imshow(shown, cmap="viridis", vmin=least)
-        written = FuncFormatter(lambda value, _: format(value, spec))
-        figure.colorbar(image, shrink=min(1.0, 6 / side), format=written)
-        size = 9 if few else 6
-        axes.set_xticks(range(n), self.labels, rotation=90, fontsize=size)
-        axes.set_yticks(range(n), self.labels, fontsize=size)
+        # Ten units of the last place that is written, so that ticks are not written alike.
+        places = int(spec.rstrip("f%")[-1]) + 2 * spec.endswith("%")
+        most = np.max(np.abs(shown.compressed()), initial=10.0 ** (1 - places))
+        if metric in _SIGNED:
+            most = max(most, _LEAST_SIGNED)
+            image = axes.imshow(shown, cmap="RdBu_r", vmin=-most, vmax=most)
+        else:
+            image = axes.imshow(shown, cmap="viridis", vmin=0, vmax=most)
+        figure.colorbar(
+            image,
+            bar,
+            format=FuncFormatter(lambda value, _: _written(value, spec)),
+            ticks=MaxNLocator(8, steps=[1, 2, 5, 10]),
+        )
+        # A label is not a formula, whatever dollars it has.
+        axes.set_xticks(range(n), _short(self.labels), rotation=90, fontsize=size, parse_math=False)
+        axes.set_yticks(range(n), self.labels, fontsize=size, parse_math=False)
         axes.set_title(title, loc="left", fontsize=10)
-        level = np.asarray(image.norm(shown), np.float64)
+        light = image.to_rgba(shown)[..., :3] @ (0.299, 0.587, 0.114) > 0.5
         for i, j in np.argwhere(~np.ma.getmaskarray(shown)) if few else ():
-            colour = "black" if level[i, j] > 0.6 else "white"
-            text = format(values[i, j], spec)
-            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
-        figure.savefig(path, dpi=150)
+            colour = "black" if light[i, j] else "white"
+            axes.text(j, i, cells[i][j], ha="center", va="center", color=colour, fontsize=8)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
 
     def plot_layers(self, path: str | os.PathLike[str]) -> None:
         """Draws by layer the Jaccard index of the pairs, and its chance level there.
@@ -335,7 +376,7 @@ class Overlap:
             path: The file; its suffix (.png, .svg, .pdf) says of which kind.
 
         Raises:
-            ValueError: There is no pair.
+            ValueError: There is no pair, or an unknown suffix.
             ModuleNotFoundError: matplotlib is not installed.
         """
         n = len(self.labels)
@@ -347,29 +388,36 @@ class Overlap:
         chance = a * b / np.maximum(sizes, 1)
         index, by_chance = (100 * x / np.maximum(a + b - x, 1) for x in (both, chance))
         places = np.arange(len(self.layers))
-        figure = _figure("plot_layers", max(5.0, 0.3 * len(places) + 2), 4.5)
+        figure = _figure("plot_layers", path, max(5.0, 0.3 * len(places) + 2), 4.5)
         axes = figure.subplots()
         axes.fill_between(places, index.min(0), index.max(0), color="#0072B2", alpha=0.2, lw=0)
         median = np.median(index, 0)
         axes.plot(places, median, "o-", color="#0072B2", markersize=4, label="median of the pairs")
         by_chance = np.median(by_chance, 0)
         axes.plot(places, by_chance, "--", color="#D55E00", label="by chance")
-        axes.set_xticks(places, self.layers, rotation=90, fontsize=8)
+        numbered = [layer for layer in self.layers if layer not in (EMBEDDINGS, OTHER)]
+        short = dict(zip(numbered, _short(numbered), strict=True))
+        names = [short.get(layer, layer) for layer in self.layers]
+        axes.set_xticks(places, names, rotation=90, fontsize=8, parse_math=False)
+        axes.set_xlabel("layer")
         axes.set_ylim(bottom=0)
         axes.set_ylabel("entries in both over entries in either, %")
         pairs = f"{len(first):,} pair{'s' if len(first) > 1 else ''}"
         axes.set_title(f"Overlap by layer, {pairs}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
 
-    def _metric(self, what: str, metric: str) -> tuple[np.ndarray, str, str]:
+    def _metric(self, what: str, metric: str) -> tuple[np.ndarray, list[list[str]], str, str]:
+        """A matrix, its values as they are written, what it says, and how a value is written."""
         if metric not in METRICS:
             raise ValueError(
                 f"Overlap.{what}: unknown metric {metric!r}; there are {', '.join(METRICS)}"
             )
         title, spec = METRICS[metric]
-        return np.asarray(getattr(self, metric), np.float64), title, spec
+        values = np.asarray(getattr(self, metric), np.float64)
+        cells = [[_written(value, spec) for value in row] for row in values.tolist()]
+        return values, cells, title, spec
 
     def __repr__(self) -> str:
         n = len(self.nnz)
@@ -384,7 +432,12 @@ class Overlap:
         return "\n".join(lines)
 
 
-def _figure(what: str, width: float, height: float) -> Figure:
+def _figure(what: str, path: str | os.PathLike[str], width: float, height: float) -> Figure:
+    if os.path.splitext(path)[1].lower() not in _PLOT_SUFFIXES:
+        raise ValueError(
+            f"Overlap.{what}: path must end in {', '.join(_PLOT_SUFFIXES[:-1])} or "
+            f"{_PLOT_SUFFIXES[-1]}, found {os.fspath(path)!r}"
+        )
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -393,7 +446,7 @@ def _figure(what: str, width: float, height: float) -> Figure:
             'pip install "sparse-ft[plot]"',
             name=error.name,
         ) from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height))
 
 
 @torch.no_grad()

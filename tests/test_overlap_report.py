@@ -2,6 +2,8 @@
 
 import builtins
 import csv
+import dataclasses
+import io
 import itertools
 import json
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import sparse_ft as sf
-from sparse_ft.overlap import METRICS, layer_of
+from sparse_ft.overlap import METRICS, Overlap, layer_of
 
 SHAPES = {
     "model.embed_tokens.weight": (60, 10),
@@ -165,35 +168,156 @@ def test_labels():
         sf.overlap(by_language, ["x", "x"])
 
 
-def test_table_and_progress(capsys):
-    from rich.console import Console
+def printed(table, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
+
+def test_table_and_progress(capsys):
     found = sf.overlap([random_delta(1, 90), random_delta(2, 80)], ["[red]", "b"], progress=True)
     assert "100%" in capsys.readouterr().out
     for metric, (title, spec) in METRICS.items():
-        console = Console(width=200, record=True)
-        console.print(found.table(metric))
-        text = console.export_text()
-        assert title.split()[0] in text
+        text = printed(found.table(metric), 60)
+        assert text.splitlines()[0].rstrip() == title
         assert "[red]" in text
         assert format(float(getattr(found, metric)[0, 1]), spec) in text
+    bundle = found.table()._repr_mimebundle_([], [])
+    assert METRICS["share"][0] in bundle["text/plain"]
     with pytest.raises(ValueError, match=r"Overlap.table: unknown metric 'x'; there are both, "):
         found.table("x")
 
 
+def long_names(n: int) -> list[str]:
+    return [f"xlmr-lang-sft-l{i}-small" for i in range(n)]
+
+
+@pytest.mark.parametrize("width", [45, 80, 300])
+@pytest.mark.parametrize("common", [True, False])
+def test_a_table_is_whole_at_any_width(width, common):
+    n = 12
+    names = long_names(n) if common else [f"{'x' * i}-sft-{i}" for i in range(n)]
+    found = sf.overlap([random_delta(seed, 90) for seed in range(n)], names)
+    lines = printed(found.table("share"), width).splitlines()
+    assert max(map(len, lines)) <= width
+    columns = [f"l{i}" if common else str(i + 1) for i in range(n)]
+    if not common and width == 300:
+        columns = names
+    words = [line.split() for line in lines]
+    heads = [line[1:] for line in words if line[:1] == ["entries"]]
+    assert list(itertools.chain(*heads)) == columns
+    assert (len(heads) == 1) == (width == 300)
+    for name, row in zip(names, found.share, strict=True):
+        # Each line begins with a number (if columns have one), the name and its entries.
+        rows = [line for line in words if name in line[:2] and "entries" not in line]
+        cells = [line[line.index(name) + 2 :] for line in rows]
+        assert list(itertools.chain(*cells)) == [f"{value:.1%}" for value in row]
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        (["xlmr-sft-sw-small", "xlmr-sft-ha-small"], ["sw", "ha"]),
+        (["swahili", "swati"], ["swahili", "swati"]),
+        (["me/sft-sw", "me/ner.en"], ["sft-sw", "ner.en"]),
+        (["sw-small", "ha_small"], ["sw-small", "ha_small"]),
+        (["a-b-b", "a-b"], ["b-b", "b"]),
+        (["a-", "a-b"], ["a-", "a-b"]),
+        (["sft", "sft-sw"], ["sft", "sft-sw"]),
+        (["sft-sw"], ["sw"]),
+    ],
+)
+def test_columns_lose_the_words_that_all_share(labels, columns):
+    assert sf.overlap([random_delta(1, 9)] * len(labels), labels).table().columns == columns
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    found = sf.overlap([random_delta(1, 90), random_delta(2, 80)])
+    found = dataclasses.replace(found, dot=found.dot * np.array([[1, -1e-9], [-1e-9, 1]]))
+    assert found.cosine[0, 1] * found.interference[0, 1] < 0
+    for metric in ("cosine", "interference"):
+        assert "-0" not in printed(found.table(metric), 80)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures in place of files: plots append to it."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    return drawn
+
+
 @pytest.mark.parametrize("n", [1, 2, 30])
 def test_plots(n, tmp_path):
-    found = sf.overlap([random_delta(seed, 90) for seed in range(n)])
-    found.plot(tmp_path / "share.png")
+    from matplotlib.image import imread
+
+    # Dollars would make a formula, and this one an error.
+    names = [f"{name} $\\x$" for name in long_names(n)]
+    found = sf.overlap([random_delta(seed, 90) for seed in range(n)], names)
+    found.plot(tmp_path / "share.PNG")
     found.plot(tmp_path / "cosine.svg", metric="cosine_common")
     if n == 1:
         with pytest.raises(ValueError, match="makes no pair"):
             found.plot_layers(tmp_path / "layers.png")
         return
     found.plot_layers(tmp_path / "layers.png")
-    for name in ("share.png", "layers.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("share.PNG", "layers.png"):
+        image = imread(tmp_path / name)
+        # Nothing is cut off: there is white all around.
+        for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
+            assert (edge == 1).all()
     assert "<svg" in Path(tmp_path / "cosine.svg").read_text()
+
+
+# One for each way in which values are written, and as far as its scale reaches at least.
+@pytest.mark.parametrize(
+    ("metric", "least"), [("both", 10), ("lift", 0.1), ("share", 0.01), ("interference", 0.05)]
+)
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 3e-3, 0.026, 0.37, 7e5])
+def test_scale_of_a_heat_map(metric, least, scale, figures, monkeypatch):
+    found = sf.overlap([random_delta(1, 90), random_delta(2, 80)])
+    signed = metric == "interference"
+    values = np.array([[9e9, -scale if signed else scale], [scale / 2, 9e9]])
+    monkeypatch.setattr(Overlap, metric, property(lambda _: values), raising=False)
+    found.plot("x.png", metric)
+    axes, bar = figures[0].axes
+    low, high = axes.images[0].get_clim()
+    assert high == pytest.approx(max(scale, least))
+    assert low == (-high if signed else 0)
+    figures[0].draw_without_rendering()
+    ticks = [
+        (tick, label.get_text())
+        for tick, label in zip(bar.get_yticks(), bar.get_yticklabels(), strict=True)
+        if low <= tick <= high
+    ]
+    assert len(ticks) > 1
+    assert len({text for _, text in ticks}) == len(ticks)
+    for tick, text in ticks:
+        number = float(text.replace(",", "").rstrip("%")) / (100 if "%" in text else 1)
+        assert number == pytest.approx(tick, rel=1e-9, abs=1e-12)
+        assert not text.startswith("-0.000")
+
+
+def test_names_in_plots(figures):
+    found = sf.overlap([random_delta(seed, 90) for seed in range(3)], long_names(3))
+    found.plot("x.png")
+    found.plot_layers("x.png")
+    heat, layers = figures[0].axes[0], figures[1].axes[0]
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["l0", "l1", "l2"]
+    assert [label.get_text() for label in heat.get_yticklabels()] == long_names(3)
+    names = [label.get_text() for label in layers.get_xticklabels()]
+    assert names == ["embeddings", "2", "10", "other"]
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x", "png", "x.png.jpg"])
+def test_plots_refuse_other_files(name, tmp_path):
+    found = sf.overlap([random_delta(1, 9), random_delta(2, 9)])
+    for draw in (found.plot, found.plot_layers):
+        with pytest.raises(ValueError, match=rf"end in .png, .svg or .pdf, found .*{name}'"):
+            draw(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plots_say_what_is_missing(tmp_path, monkeypatch):
