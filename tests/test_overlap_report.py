@@ -176,7 +176,7 @@ def printed(table, width: int) -> str:
 
 def test_table_and_progress(capsys):
     found = sf.overlap([random_delta(1, 90), random_delta(2, 80)], ["[red]", "b"], progress=True)
-    assert "100%" in capsys.readouterr().out
+    assert "100%" in capsys.readouterr().err
     for metric, (title, spec) in METRICS.items():
         text = printed(found.table(metric), 60)
         assert text.splitlines()[0].rstrip() == title
