@@ -15,8 +15,10 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NoReturn
 
@@ -48,6 +50,10 @@ _BESIDE = re.compile(
     r"(?!.*\.index\.json$|adapter_config\.json$).+\.(json|txt|model|jinja|tiktoken|py)|LICEN[CS]E.*|NOTICE.*"
 )
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+# owner/name, or one of the first models, which have no owner; no file.
+_HUB_ID = re.compile(
+    r"(?!.*\.(safetensors|bin|json|pt|npz)$)([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*"
+)
 _SHARDS = re.compile(r"\.(safetensors|bin)\.index\.json$")
 _DTYPES = {
     torch.float64: "F64",
@@ -160,7 +166,14 @@ def _weight_files(path: str) -> tuple[list[str], dict[str, str]]:
         path = inside(path, present[0])
     elif not os.path.isfile(path):
         there = "is not a regular file" if os.path.lexists(path) else "there is no such file"
-        _fail(path, f"{there}. Give a folder, or a .safetensors, .bin or .index.json file")
+        hub = ""
+        if _HUB_ID.fullmatch(path) and not os.path.lexists(path):
+            name = path.rpartition("/")[2]
+            hub = (
+                f". Checkpoints are read from this machine only: fetch a model of the Hub with `hf "
+                f"download {path} --local-dir {name}`, and name the folder {name}"
+            )
+        _fail(path, f"{there}. Give a folder, or a .safetensors, .bin or .index.json file{hub}")
     shards = _SHARDS.search(path)
     if not shards:
         if not path.endswith((".safetensors", ".bin")):
@@ -292,6 +305,7 @@ def diff(
     eps: float = 0.0,
     heads: Mapping[str, Tensor] | Iterable[str] = (),
     eligible: Callable[[str, Tensor], bool] | Collection[str] | None = None,
+    exclude: Collection[str] = (),
     support: Support | None = None,
     identify: bool = False,
     progress: bool = False,
@@ -300,7 +314,11 @@ def diff(
     """The difference of two models, of which nothing but the result is held in memory.
 
     With `k` or `density` it has the K entries with the largest |fp32(tuned) − fp32(base)| over all
-    tensors at once (LT-SFT §3.1); else the entries of `support`; else every entry that differs.
+    tensors at once (LT-SFT §3.1), or those that differ where they are fewer; else the entries of
+    `support`; else every entry that differs. Tensors that only the base has, as a task model lacks
+    the output layer of a language model, are left out with a warning.
+
+    Names may be patterns of `fnmatch`: "classifier*" is every tensor whose name begins so.
 
     Args:
         base: The model before: a path that `Checkpoint` takes, tensors by name, or a module.
@@ -311,6 +329,8 @@ def diff(
         heads: Tensors to store whole, or their names in `tuned`, such as a classifier that `base`
             lacks.
         eligible: `(name, tensor) -> bool` or names: the tensors to compare; default: all.
+        exclude: Names of tensors to leave out. One that is tied to a tensor of another name stays
+            under that name.
         support: The entries to take.
         identify: Record the sha256 of the base's files as well, if it is a path.
         progress: Show bars.
@@ -320,9 +340,12 @@ def diff(
         A delta with fp32 values and the digest of the base.
 
     Raises:
-        SFTError: A tensor is missing, has another shape, or cannot be compared.
-        ValueError: `k` or `density` is out of range, or given beside `support`.
+        SFTError: A tensor is missing, has another shape, or cannot be compared; a pattern matches
+            no tensor; or base and tuned are equal.
+        ValueError: `k` or `density` is out of range, or given beside each other or `support`.
     """
+    if k is not None and density is not None:
+        raise ValueError(f"diff: give k or density, not both; got k={k} and density={density}")
     if support is not None and not (k is None and density is None and eligible is None):
         raise ValueError("diff: give either support, or k, density and eligible")
     opened = Checkpoint(base) if isinstance(base, str | os.PathLike) else base
@@ -333,31 +356,61 @@ def diff(
     if isinstance(heads, Mapping):
         whole = dict(heads)
     else:
-        wanted = [heads] if isinstance(heads, str) else list(heads)
-        if absent := [name for name in wanted if name not in after]:
-            raise SFTError(f"diff: heads: tuned has no tensor {absent[0]!r}")
-        whole = {name: after[name] for name in wanted}
-    aliases = _one_name_each(before, after, tied_before, tied_after)
+        whole = {name: after[name] for name in sorted(_matching("heads: tuned", after, heads))}
+    named: set[str] = set()
+    if eligible is not None and not callable(eligible):
+        named = _matching("eligible: tuned", after, eligible)
+    dropped = _matching("exclude: neither base nor tuned", {**before, **after}, exclude)
+    aliases = _one_name_each(before, after, tied_before, tied_after, dropped)
     # Releases of transformers differ in the counters that they save, such as position_ids.
     for side, other in ((before, after), (after, before)):
         for name in [n for n, t in side.items() if n not in other and not t.is_floating_point()]:
             del side[name]
+    for name in dropped:
+        if dropped.issuperset(aliases.get(name, ())):
+            before.pop(name, None)
+            after.pop(name, None)
     if eligible is not None:
-        names = {*_chosen("checkpoint", after, eligible)} - whole.keys()
+        rule = (
+            eligible
+            if callable(eligible)
+            else lambda name, _: not named.isdisjoint((name, *aliases.get(name, ())))
+        )
+        names = {*_chosen("checkpoint", after, rule)} - whole.keys()
         if absent := sorted(names - before.keys()):
             raise SFTError(f"diff: eligible: base has no tensor {absent[0]!r}; name it in heads=")
         before, after = ({name: side[name] for name in names} for side in (before, after))
+    elif support is None:
+        if absent := sorted(after.keys() - before.keys() - whole.keys()):
+            raise SFTError(
+                f"diff: tuned has {_examples(absent)}, which base lacks; name what is to be stored "
+                "whole in heads=, such as a classifier, and the rest in exclude="
+            )
+        if absent := sorted(before.keys() - after.keys() - whole.keys()):
+            before = {name: tensor for name, tensor in before.items() if name not in absent}
+            warnings.warn(
+                f"diff: left out {_examples(absent)}, which base has and tuned lacks; exclude= "
+                "leaves them out without this warning",
+                stacklevel=3,  # the caller of diff, beyond torch.no_grad's wrapper
+            )
     recipe: dict[str, Any] = {"method": "diff", "eps": eps}
+    fewer = ""
     with _bar(progress, "comparing", None):
         if not (k is None and density is None):
             compared = _comparable(before, after, {}, whole)
-            support = select(
-                {name: after[name] for name in compared},
-                {name: before[name] for name in compared},
-                k=k,
-                density=density,
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "select: only")
+                support = select(
+                    {name: after[name] for name in compared},
+                    {name: before[name] for name in compared},
+                    k=k,
+                    density=density,
+                )
             recipe |= {"criterion": "magnitude", "k_requested": support.nnz}
+            if support.info["threshold"] == 0.0:
+                # Filled up with entries that are equal, which no SFT needs.
+                fewer = f"only {support.info['above']:,} entries differ, not {support.nnz:,}"
+                support = None
         covered = after if support is None else support.layout
         meta["aliases"] = {
             name: free
@@ -367,6 +420,14 @@ def diff(
         }
         meta["recipe"] = recipe | meta.get("recipe", {})
         delta = SparseDelta.between(before, after, support, eps, whole, **meta)
+    if support is None and not delta.nnz and not delta.heads:
+        beyond = f" up to differences of {eps:g}" if eps > 0 else ""
+        raise SFTError(
+            f"diff: base and tuned are equal{beyond}: none of the {delta.layout.numel:,} entries "
+            "compared differs; check that the two are the right ones"
+        )
+    if fewer:
+        warnings.warn(f"diff: {fewer} as wanted; the SFT has these alone", stacklevel=3)
     if identify:
         if not isinstance(opened, Checkpoint):
             raise TypeError(f"diff: identify needs a path as base, not a {type(base).__name__}")
@@ -376,13 +437,38 @@ def diff(
     return delta
 
 
+def _matching(what: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """The names that some pattern matches; a name matches itself.
+
+    Raises:
+        SFTError: A pattern matches none of them.
+    """
+    found: set[str] = set()
+    names = [*names]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
+        if not hits:
+            near = difflib.get_close_matches(pattern, names, 1)
+            like = f"; the nearest name is {near[0]!r}" if near else ""
+            raise SFTError(f"diff: {what} has no tensor {pattern!r}{like}")
+        found |= hits
+    return found
+
+
+def _examples(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+    return shown if len(names) == 1 else f"{len(names)} tensors ({shown})"
+
+
 def _one_name_each(
     before: dict[str, Tensor],
     after: dict[str, Tensor],
     tied_before: Mapping[str, list[str]],
     tied_after: Mapping[str, list[str]],
+    dropped: Collection[str],
 ) -> dict[str, list[str]]:
-    """Leaves each tied tensor one name, which both models have if it can be.
+    """Leaves each tied tensor one name, which both models have if it can be, and rather one that is
+    not to be dropped.
 
     Returns:
         The further names of those that had several.
@@ -393,12 +479,12 @@ def _one_name_each(
     aliases: dict[str, list[str]] = {}
     for owner, further in tied_after.items():
         group = [owner, *further]
-        kept, *others = sorted(group, key=lambda name: name not in before)
+        kept, *others = sorted(group, key=lambda name: (name not in before, name in dropped))
         for name in others:
             if name in before and not _same_bits(before[name], before[kept]):
                 raise SFTError(
                     f"diff: {kept!r} and {name!r} are one tensor in tuned (tied) and differ in "
-                    "base; untie them in tuned, or leave one out with eligible="
+                    "base; untie them in tuned, or leave one out with exclude="
                 )
             after.pop(name)
             before.pop(name, None)

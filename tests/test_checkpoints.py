@@ -2,12 +2,14 @@
 is not trusted."""
 
 import copy
+import fnmatch
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +227,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(SFTFileError, match=r"holds none of model\.safetensors"):
         Checkpoint(tmp_path)
     with pytest.raises(SFTFileError, match="there is no such file"):
-        Checkpoint("xlm-roberta-base")
+        Checkpoint("no.such.bin")
+    for name in ("xlm-roberta-base", "FacebookAI/xlm-roberta-base"):
+        with pytest.raises(SFTFileError, match=f"hf download {name} --local-dir xlm-roberta-base"):
+            Checkpoint(name)
     with pytest.raises(SFTFileError, match="NUL"):
         Checkpoint("a\0b")
     (tmp_path / "w.npz").write_bytes(b"")
@@ -356,19 +361,84 @@ def test_diff_compares_what_is_eligible(tmp_path):
     # A masked language model, and a classifier that was made from it.
     del after["out.weight"], before["head.weight"], before["head.bias"]
     a, b = saved(tmp_path / "a", before), saved(tmp_path / "b", after)
-    with pytest.raises(sf.SFTError, match=r"base has 'out\.weight', which tuned lacks"):
-        diff(a, b, heads=HEADS, k=10)
+    with pytest.warns(UserWarning, match=r"left out 'out\.weight', which base has") as warned:
+        common = diff(a, b, heads=HEADS, k=10)
+    assert len(warned) == 1
+    assert common == diff(a, b, heads="head.*", k=10, exclude="out*")
+    assert common.layout.names == tuple(sorted({*before} & {*after} - {"steps"}))
     delta = diff(a, b, heads=HEADS, k=10, eligible=lambda n, t: n in before and t.dim() == 2)
     assert delta.layout.names == ("emb.weight", "lin.weight", "none")
     assert sorted(delta.heads) == sorted(HEADS)
-    with pytest.raises(sf.SFTError, match=r"'head\.bias', which base lacks; name it in heads="):
-        diff({n: t for n, t in before.items() if n != "out.weight"}, b, k=10)
+    for heads, said in ((), r"2 tensors \('head\.bias', 'head"), ("head.bias", r"'head\.weight'"):
+        with pytest.raises(sf.SFTError, match=rf"tuned has {said}.* which base lacks; .* heads="):
+            diff(a, b, k=10, heads=heads)
     with pytest.raises(sf.SFTError, match=r"eligible: base has no tensor 'head\.bias'"):
         diff(a, b, eligible=lambda n, t: True)
-    with pytest.raises(ValueError, match="no parameter 'nowhere'"):
-        diff(a, b, eligible={"nowhere"})
+    for argument in ("eligible", "exclude", "heads"):
+        with pytest.raises(
+            sf.SFTError, match=f"{argument}: .*no tensor 'lin.weigth'.*'lin.weight'"
+        ):
+            diff(a, b, **{argument: ["lin.weigth"]})
     with pytest.raises(sf.SFTError, match="heads: tuned has no tensor 'nowhere'"):
         diff(a, b, heads="nowhere")
+
+
+def test_patterns_of_names_are_those_of_fnmatch():
+    before, after = weights_of(Model()), weights_of(tuned(Model()))
+    names = sorted(n for n in before if n != "steps")
+    for pattern in ("lin*", "*.weight", "[ln]o*", "lin.bias", "l?n.bias"):
+        hit = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+        assert hit
+        only = diff(before, after, eligible=pattern)
+        assert list(only.layout.names) == hit
+        rest = diff(before, after, exclude=[pattern, "steps"], k=5)
+        assert list(rest.layout.names) == sorted({*names} - {*hit})
+        both = diff(before, after, eligible=["lin*", "norm*"], exclude=["norm*"], k=5)
+        assert both.layout.names == ("lin.bias", "lin.weight")
+        # Heads are stored, not compared, whatever is left out.
+        whole = diff(before, after, heads=pattern, exclude=pattern)
+        assert sorted(whole.heads) == hit
+
+
+@pytest.mark.parametrize("dropped", ["emb*", "out*"])
+def test_a_tied_tensor_is_left_out_only_under_all_of_its_names(dropped):
+    base, new = Model(tied=True), tuned(Model(tied=True))
+    kept = {"emb*": "out.weight", "out*": "emb.weight"}[dropped]
+    delta = diff(base, new, k=7_000, exclude=dropped)
+    assert kept in delta.layout
+    assert delta.support.counts()[kept] > 6000
+    delta.bind(base)
+    assert not {"emb.weight", "out.weight"} & {
+        *diff(base, new, exclude=["emb*", "out*"]).layout.names
+    }
+
+
+def test_diff_of_equal_models_is_refused(tmp_path):
+    a = saved(tmp_path / "a", weights_of(Model()))
+    for options in ({}, {"k": 10}, {"density": 0.1}, {"exclude": "emb*"}):
+        with pytest.raises(sf.SFTError, match="base and tuned are equal: none of the"):
+            diff(a, weights_of(Model()), **options)
+    with pytest.raises(sf.SFTError, match=r"equal up to differences of 1e\+09"):
+        diff(a, weights_of(tuned(Model())), eps=1e9)
+    # A probe: nothing but a head was trained.
+    moved = weights_of(Model())
+    moved["head.bias"] = moved["head.bias"] + 1
+    probe = diff(a, moved, heads="head*")
+    assert probe.nnz == 0
+    assert sorted(probe.heads) == sorted(HEADS)
+
+
+def test_diff_takes_no_entry_that_did_not_change(tmp_path):
+    before = weights_of(Model())
+    after = before | {"lin.bias": before["lin.bias"] + 1}
+    with pytest.warns(UserWarning, match="only 30 entries differ, not 31 as wanted") as warned:
+        delta = diff(before, after, k=31)
+    assert len(warned) == 1
+    assert delta.nnz == delta.support.counts()["lin.bias"] == 30
+    assert delta.meta["recipe"]["k_requested"] == 31
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert diff(before, after, k=30) == delta
 
 
 def test_diff_refuses_what_does_not_fit(tmp_path):
@@ -386,6 +456,8 @@ def test_diff_refuses_what_does_not_fit(tmp_path):
         diff(a, after | {"lin.bias": after["lin.bias"] * torch.nan}, k=10)
     with pytest.raises(ValueError, match="either support, or k"):
         diff(a, b, k=3, support=diff(a, b).support)
+    with pytest.raises(ValueError, match=r"k or density, not both; got k=3 and density=0\.5"):
+        diff(a, b, k=3, density=0.5)
     with pytest.raises(ValueError, match="k must be between 1"):
         diff(a, b, k=0)
     with pytest.raises(TypeError, match="needs a path"):
