@@ -765,14 +765,18 @@ def describe(source: str | os.PathLike[str]) -> dict[str, str | int]:
     Raises:
         SFTFileError: As `SparseDelta.load`.
     """
-    return dict(_describe(SparseDelta.load(source), source))
+    delta = SparseDelta.load(source)
+    return dict(_describe(delta, source)) | {
+        name: f"{count:,} of {numel:,} entries, {count / delta.nnz:.1%} of all"
+        for name, count, numel in _largest(delta)
+    }
 
 
 def _describe(
     delta: SparseDelta, source: str | os.PathLike[str]
 ) -> Iterator[tuple[str, str | int]]:
     meta = delta.meta
-    counts = {name: count for name, count in delta.support.counts().items() if count}
+    with_entries = sum(count > 0 for count in delta.support.counts().values())
     where = _locate(source) if os.path.exists(source) else os.fsdecode(source)
     yield "file", where
     if os.path.exists(where):
@@ -784,22 +788,31 @@ def _describe(
             yield key, meta[key]
     yield "entries", f"{delta.nnz:,} of {delta.layout.numel:,}"
     yield "density", f"{delta.density:.4%}"
-    yield "parameters", f"{len(delta.layout):,}, {len(counts):,} of them with entries"
+    yield "parameters", f"{len(delta.layout):,}, {with_entries:,} of them with entries"
     yield "heads", _heads(delta)
     yield "base", _base(meta.get("base", {}))
-    yield (
-        "trained on",
-        ", ".join(f"{item['alpha']:g} × {item['id'][:16]}…" for item in meta.get("trained_on", []))
-        or "the base alone",
-    )
+    yield "trained on", _terms(meta.get("trained_on", [])) or "the base alone"
     yield "values", _values(delta)
     for key, value in meta.get("recipe", {}).items():
-        yield f"recipe: {key}", value if isinstance(value, str) else canonical(value)
+        said = _terms(value) if key == "merged_from" else ""
+        yield f"recipe: {key}", said or (value if isinstance(value, str) else canonical(value))
     yield "content id", delta.content_id
+
+
+def _largest(delta: SparseDelta) -> list[tuple[str, int, int]]:
+    """Name, entries and elements of the tensors with the most entries, ten at most."""
+    counts = {name: count for name, count in delta.support.counts().items() if count}
     numels = dict(zip(delta.layout.names, delta.layout.numels, strict=True))
-    for name in sorted(counts, key=lambda n: (-counts[n], n))[:10]:
-        share = counts[name] / delta.nnz
-        yield name, f"{counts[name]:,} of {numels[name]:,} entries, {share:.1%} of all"
+    names = sorted(counts, key=lambda n: (-counts[n], n))[:10]
+    return [(name, counts[name], numels[name]) for name in names]
+
+
+def _terms(items: Any) -> str:
+    """SFTs and their weights; "" where that is not what the value is, as a recipe is free."""
+    try:
+        return ", ".join(f"{item['alpha']:g} × {item['id'][:16]}…" for item in items)
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def _heads(delta: SparseDelta) -> str:

@@ -1,7 +1,11 @@
 """The command `sparse-ft`."""
 
 import inspect
+import os
+import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,8 @@ import sparse_ft
 typer_testing = pytest.importorskip("typer.testing")
 
 from sparse_ft import cli  # noqa: E402  (needs typer)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*arguments):
@@ -102,27 +108,66 @@ def test_quickstart_refuses_no_seeds(recorded):
     assert recorded == []
 
 
-def test_info(monkeypatch):
-    from sparse_ft import files
+@pytest.mark.parametrize("module", ["sparse_ft", "sparse_ft.cli"])
+def test_the_package_is_the_command(module):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-m", module, "-h"],
+        env={**os.environ, "PYTHONPATH": paths, "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Usage: sparse-ft [OPTIONS] COMMAND" in done.stdout
+    assert done.stderr == ""
 
-    fields = {"kind": "diff", "entries": 12, "task": "[bold]ner"}  # brackets are no markup here
-    monkeypatch.setattr(files, "describe", lambda path: {"file": path, **fields})
-    result = run("info", "x.safetensors")
-    assert result.exit_code == 0, result.output
-    for name, value in fields.items():
-        assert name in result.output
-        assert str(value) in result.output
+
+def test_help_of_merge_has_every_rule_and_option():
+    from sparse_ft.merge import RULES
+
+    found = dict.fromkeys(cli._PLAIN_RULES, "") | cli._RULES
+    assert found.keys() == RULES.keys()
+    shown = run("merge", "-h").output
+    for name, rule in RULES.items():
+        wanted = {
+            p.name: f"{p.name}={p.default}"
+            for p in inspect.signature(rule.function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        }
+        listed = {item.partition("=")[0]: item for item in found[name].split()}
+        assert listed.keys() == wanted.keys()
+        for option, item in listed.items():
+            if not item.endswith("*"):
+                assert item == wanted[option]
+            else:
+                assert wanted[option].endswith("<class 'inspect._empty'>")
+            assert item in shown
+        assert name in shown
 
 
-def test_info_shows_no_control_codes(monkeypatch):
-    from sparse_ft import files
+def test_warnings_are_one_line(monkeypatch):
+    before = warnings.showwarning
+    quickstart = pytest.importorskip("sparse_ft.quickstart")
+    message = "merge: two\nlines \x1b[2J"
+    monkeypatch.setattr(quickstart, "run", lambda **options: warnings.warn(message, stacklevel=1))
+    result = run("quickstart")
+    assert result.stderr == "sparse-ft: warning: two lines \ufffd[2J\n"
+    assert result.stdout == ""
+    assert warnings.showwarning is before
 
-    monkeypatch.setattr(files, "describe", lambda path: {"task": "\x1b[2Jner\a"})
-    result = run("info", "x.safetensors")
-    assert result.exit_code == 0, result.output
-    assert "\x1b[2J" not in result.output
-    assert "\a" not in result.output
-    assert "ner" in result.output
+
+def test_messages_are_in_the_words_of_the_shell():
+    files = ["x/sw.safetensors", "ner.safetensors"]
+    for said, expected in (
+        ("export: deltas[1] is of kind 'replace'", "ner.safetensors is of kind 'replace'"),
+        ("merge: weights[0] must be", "the weight of x/sw.safetensors must be"),
+        ("SparseDelta.bind: pass allow_base_mismatch=True", "pass --allow-base-mismatch"),
+        ("diff: name it in heads= or exclude=", "name it in --heads or --exclude"),
+        ("merge: rule 'dare' needs p=", "rule 'dare' needs p, such as --option p=0.9"),
+        ("merge/a.safetensors: is no SFT", "merge/a.safetensors: is no SFT"),
+        ("a.safetensors: export: x", "a.safetensors: export: x"),
+    ):
+        assert cli._worded(said, files) == expected
 
 
 def test_info_of_a_missing_file(tmp_path):
