@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -612,7 +614,10 @@ _FUNCTION = re.compile(
     r"(compose|convert|diff|export|merge|overlap|replacing|select|write_\w+|"
     r"(SparseDelta|Overlap|legacy)\.\w+): "
 )
-_ARGUMENT = re.compile(r"\b(allow_base_mismatch|dtype|exclude|heads)=(True)?")
+_ARGUMENT = re.compile(
+    r"\b(allow_base_mismatch|dtype|eligible|exclude|heads)=(True)?|"
+    r"^(eligible|exclude|heads)(?=: )"
+)
 
 
 def _worded(message: str, files: Sequence[str] = ()) -> str:
@@ -629,11 +634,15 @@ def _worded(message: str, files: Sequence[str] = ()) -> str:
         value = example[0].rstrip("*") if example else f"{match[2]}=VALUE"
         return f"rule {match[1]!r} needs {match[2]}, such as --option {value}"
 
-    message = _FUNCTION.sub("", message, count=1) if _FUNCTION.match(message) else message
+    def option(match: re.Match[str]) -> str:
+        name = match[1] or match[3]
+        return "--only" if name == "eligible" else "--" + name.replace("_", "-")
+
+    message = message[found.end() :] if (found := _FUNCTION.match(message)) else message
     message = re.sub(r"\b(deltas|weights)\[(\d+)\]", named, message)
     message = message.replace(" to SparseDelta.load", "")
     message = re.sub(r"rule '(\w+)' needs (\w+)=$", needed, message)
-    return _ARGUMENT.sub(lambda match: "--" + match[1].replace("_", "-"), message)
+    return _ARGUMENT.sub(option, message)
 
 
 def _load(file: str) -> SparseDelta:
@@ -854,31 +863,29 @@ def _print(renderable: Any) -> None:
 
 
 def _print_fields(title: str, fields: Mapping[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    typer.echo(_inert(title))
+    width = max(map(len, fields), default=0)
     for name, value in fields.items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)
-        table.add_row(Text(_inert(name)), Text(_inert(shown)))
-    _print(Text(_inert(title), overflow="fold"))
-    _print(table)
+        _print_folded(f"{name:{width}}  ", shown)
 
 
 def _print_largest(rows: Sequence[tuple[str, int, int]], nnz: int) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("most entries in", overflow="fold")
-    for heading in ("entries", "of", "share of all"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    typer.echo("\nThe tensors with the most entries:")
+    width = max(len("entries"), *(len(f"{count:,}") for _, count, _ in rows))
+    typer.echo(f"{'entries':>{width}}  of all  density  tensor")
     for name, count, numel in rows:
-        table.add_row(Text(_inert(name)), f"{count:,}", f"{numel:,}", f"{count / nnz:.1%}")
-    _print("")
-    _print(table)
+        shares = f"{count / nnz:6.1%}  {count / numel:7.2%}"
+        _print_folded(f"{count:{width},}  {shares}  ", name)
+
+
+def _print_folded(head: str, text: str) -> None:
+    """Text after a head, in as many lines as the terminal needs, below one another."""
+    room = max(20, shutil.get_terminal_size().columns - len(head))
+    first, *further = textwrap.wrap(_inert(text), room, break_on_hyphens=False) or [""]
+    typer.echo(_inert(head) + first)
+    for line in further:
+        typer.echo(" " * len(head) + line)
 
 
 def _print_json(value: Any) -> None:
@@ -889,7 +896,8 @@ def _report(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(found)
     else:
-        shown = {k.replace("_", " "): v for k, v in found.items() if k != "output"}
+        said = {"nnz": "entries", "content_id": "content id"}
+        shown = {said.get(k, k): v for k, v in found.items() if k != "output"}
         if "density" in shown:
             shown["density"] = f"{shown['density']:.4%}"
         if "content id" in shown:

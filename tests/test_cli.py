@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -11,6 +13,7 @@ import pytest
 
 import sparse_ft
 
+typer = pytest.importorskip("typer")
 typer_testing = pytest.importorskip("typer.testing")
 
 from sparse_ft import cli  # noqa: E402  (needs typer)
@@ -145,6 +148,17 @@ def test_help_of_merge_has_every_rule_and_option():
         assert name in shown
 
 
+@pytest.mark.parametrize("page", ["docs/api.md", "docs/exchange.md"])
+def test_the_commands_of_the_documents_parse(page):
+    commands = typer.main.get_command(cli.app).commands
+    lines = re.findall(r"^sparse-ft (.+?) *(?:#.*)?$", (ROOT / page).read_text("utf-8"), re.M)
+    lines = [shlex.split(line) for line in lines if not line.startswith("--")]
+    assert lines
+    for name, *arguments in lines:
+        if arguments != ["--help"]:
+            commands[name].make_context(name, arguments)
+
+
 def test_warnings_are_one_line(monkeypatch):
     before = warnings.showwarning
     quickstart = pytest.importorskip("sparse_ft.quickstart")
@@ -164,6 +178,8 @@ def test_messages_are_in_the_words_of_the_shell():
         ("SparseDelta.bind: pass allow_base_mismatch=True", "pass --allow-base-mismatch"),
         ("diff: name it in heads= or exclude=", "name it in --heads or --exclude"),
         ("merge: rule 'dare' needs p=", "rule 'dare' needs p, such as --option p=0.9"),
+        ("diff: eligible: tuned has no x", "--only: tuned has no x"),
+        ("a.safetensors: heads: is bad", "a.safetensors: heads: is bad"),
         ("merge/a.safetensors: is no SFT", "merge/a.safetensors: is no SFT"),
         ("a.safetensors: export: x", "a.safetensors: export: x"),
     ):

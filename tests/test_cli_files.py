@@ -361,9 +361,10 @@ def test_reports_fit_80_columns(tmp_path, monkeypatch):
         assert not set(text) & set("│┃╭┌")
     assert f"-0.5 × {delta.content_id[:16]}…" in shown
     # Long names are folded, not cut.
-    rows = shown[shown.index("most entries in") :].splitlines()[1:]
-    assert "".join(row.split()[0] for row in rows) == name
-    assert shown.index("most entries in") < shown.index(name[:40])
+    rows = shown[shown.index("most entries:") :].splitlines()[2:]
+    assert "".join(row.split()[-1] for row in rows) == name
+    assert rows[0].split()[:3] == ["2,500", "100.0%", "0.08%"]
+    assert shown.index("most entries:") < shown.index(name[:40])
     assert document("info", "m.safetensors")["content_id"] == content_id
     # Brackets are no markup.
     assert "[bold]ner" in run("info", "a.safetensors").output
