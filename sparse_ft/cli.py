@@ -217,8 +217,9 @@ def verify(
             about = f"; the base {found['base']}" if "base" in found else ""
             said = f"{file}: ok, {delta.nnz:,} entries, {_short_id(delta)}{about}"
         except (OSError, ValueError) as error:
-            found = {"file": file, "ok": False, "error": _worded(str(error), ["the SFT"])}
-            said = f"{file}: FAILED: {found['error'].removeprefix(f'{file}: ')}"
+            why = _worded(str(error), ["the SFT"]).removesuffix("; or pass --allow-base-mismatch")
+            found = {"file": file, "ok": False, "error": why}
+            said = f"{file}: FAILED: {why.removeprefix(f'{file}: ')}"
         results.append(found)
         if not as_json:
             typer.echo(_inert(said))
@@ -346,7 +347,12 @@ def diff(
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Leave these tensors out. May be repeated."),
+        typer.Option(
+            metavar="GLOB",
+            help="Leave these tensors out. May be repeated. A language's SFT that is to be "
+            "composed with a task's leaves out the output layer, which the task's model lacks: "
+            "'lm_head*'.",
+        ),
     ] = None,
     role: Role = None,
     lang: Lang = None,
@@ -356,11 +362,7 @@ def diff(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make an SFT from two checkpoints on disk, neither of which is held in memory.
-
-    A language's SFT that is to be composed with a task's is made without the output layer of the
-    language model, which the task's model lacks: --exclude 'lm_head*'.
-    """
+    """Make an SFT from two checkpoints on disk, neither of which is held in memory."""
     from sparse_ft.checkpoints import diff as compare
 
     meta: dict[str, Any] = {"role": role, "lang": lang, "task": task, "license": license}

@@ -859,3 +859,44 @@ def test_transformers_loads_what_export_writes(tmp_path, dtype):
     with sf.compose(task, [own, ner], heads=ner):
         for name, tensor in task.state_dict().items():
             assert_bits(loaded.state_dict()[name], tensor, name)
+
+
+@pytest.mark.filterwarnings("ignore:diff. left out 5 tensors .'lm_head:UserWarning")
+def test_the_documented_way_from_a_language_model_to_a_task(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    config = transformers.XLMRobertaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=40,
+    )
+    torch.manual_seed(0)
+    base = transformers.XLMRobertaForMaskedLM(config)
+    base.save_pretrained("xlm-roberta-base")
+    swahili = tuned(base)
+    swahili.save_pretrained("my-swahili-model")
+    token_classifier = transformers.XLMRobertaForTokenClassification
+    task = token_classifier.from_pretrained("xlm-roberta-base", num_labels=7)
+    ner = tuned(task, seed=2)
+    ner.save_pretrained("my-ner-model")
+
+    page = (ROOT / "docs" / "exchange.md").read_text("utf-8")
+    block = re.search(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[1]
+    names = {}
+    exec(compile(block, "exchange.md", "exec"), names)
+    k = int(0.028 * names["ner"].layout.numel)
+    assert names["ner"].nnz == names["swahili"].nnz == k
+    assert names["swahili"].layout == names["ner"].layout
+    assert all(name.startswith("roberta.") for name in names["ner"].layout.names)
+    loaded = token_classifier.from_pretrained("merged/", num_labels=7)
+    assert torch.equal(loaded.classifier.weight, ner.classifier.weight)
+    with sf.compose(task, [names["swahili"], names["ner"]], heads=names["ner"]):
+        for name, tensor in task.state_dict().items():
+            assert_bits(loaded.state_dict()[name], tensor, name)
+    # With the output layer in it, the task's model has no place for the language's entries.
+    whole = diff("xlm-roberta-base/", "my-swahili-model/", density=0.028)
+    with pytest.raises(sf.SFTError, match="lm_head"):
+        sf.compose(task, [whole, names["ner"]])

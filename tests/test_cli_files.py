@@ -113,6 +113,7 @@ def test_verify_says_which_fails_and_goes_on(world):
     assert ["FAILED" in line for line in shown] == [True, True, False]
     (shown,) = run("verify", files[2], "--base", world / "a", code=1).output.splitlines()
     assert shown.startswith(f"{files[2]}: FAILED: made for another base model")
+    assert "--" not in shown
     # A tensor that the model lacks: which SFT, and no word of Python.
     save_file({"w": torch.ones(3)}, world / "small.safetensors")
     small = ("--base", world / "small.safetensors")
