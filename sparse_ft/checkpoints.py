@@ -346,8 +346,10 @@ def diff(
     """
     if k is not None and density is not None:
         raise ValueError(f"diff: give k or density, not both; got k={k} and density={density}")
-    if support is not None and not (k is None and density is None and eligible is None):
-        raise ValueError("diff: give either support, or k, density and eligible")
+    if support is not None and not (
+        k is None and density is None and eligible is None and not exclude
+    ):
+        raise ValueError("diff: give either support, or k, density, eligible and exclude")
     opened = Checkpoint(base) if isinstance(base, str | os.PathLike) else base
     before, tied_before = _tensors("base", opened)
     after, tied_after = _tensors(
@@ -480,15 +482,18 @@ def _one_name_each(
     for owner, further in tied_after.items():
         group = [owner, *further]
         kept, *others = sorted(group, key=lambda name: (name not in before, name in dropped))
+        aliases[kept] = []
         for name in others:
-            if name in before and not _same_bits(before[name], before[kept]):
+            same = name not in before or _same_bits(before[name], before[kept])
+            if not (same or name in dropped):
                 raise SFTError(
                     f"diff: {kept!r} and {name!r} are one tensor in tuned (tied) and differ in "
                     "base; untie them in tuned, or leave one out with exclude="
                 )
             after.pop(name)
             before.pop(name, None)
-        aliases[kept] = others
+            if same:
+                aliases[kept].append(name)
     for owner, further in tied_before.items():
         group = [name for name in (owner, *further) if name in before]
         shared = [name for name in group if name in after]

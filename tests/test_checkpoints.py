@@ -408,6 +408,10 @@ def test_a_tied_tensor_is_left_out_only_under_all_of_its_names(dropped):
     assert kept in delta.layout
     assert delta.support.counts()[kept] > 6000
     delta.bind(base)
+    # A base that has it under the name to be left out alone: it is the same tensor.
+    once = {name: t for name, t in base.state_dict().items() if name != kept}
+    again = diff(once, new, k=7_000, exclude=dropped)
+    assert_bits(again.val.sort().values, delta.val.sort().values)
     assert not {"emb.weight", "out.weight"} & {
         *diff(base, new, exclude=["emb*", "out*"]).layout.names
     }
@@ -456,6 +460,8 @@ def test_diff_refuses_what_does_not_fit(tmp_path):
         diff(a, after | {"lin.bias": after["lin.bias"] * torch.nan}, k=10)
     with pytest.raises(ValueError, match="either support, or k"):
         diff(a, b, k=3, support=diff(a, b).support)
+    with pytest.raises(ValueError, match="either support, or k"):
+        diff(a, b, exclude="lin*", support=diff(a, b).support)
     with pytest.raises(ValueError, match=r"k or density, not both; got k=3 and density=0\.5"):
         diff(a, b, k=3, density=0.5)
     with pytest.raises(ValueError, match="k must be between 1"):
@@ -486,6 +492,12 @@ def test_diff_gives_a_tied_tensor_one_name(tmp_path):
     # Tied by training, from values that differ: no difference says that.
     with pytest.raises(sf.SFTError, match="are one tensor in tuned"):
         diff(Model(tied=False), new)
+    loose = Model(tied=False)
+    apart = diff(loose, new, exclude="out*")
+    assert "aliases" not in apart.meta
+    assert apart.bind(loose)
+    moved = new.emb.weight.detach() - loose.emb.weight.detach()
+    assert_bits(apart.values("emb.weight"), moved[moved != 0])
 
 
 def test_diff_records_the_files_of_the_base(tmp_path):
