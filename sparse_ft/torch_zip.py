@@ -36,6 +36,8 @@ __all__ = ["load"]
 # writes about 50 instructions per tensor.
 MAX_INSTRUCTIONS = 1 << 22
 MAX_DEPTH = 64
+# Bytes are those of one of numpy's numbers.
+_MAX_BYTES = 16
 # Python's pickler writes a list in batches of so many items.
 _BATCH = 1000
 
@@ -388,8 +390,9 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    if type(text) is not str or encoding != "latin1":
-        raise _Refused("bytes must be written as text in latin1")
+    # Longer ones would be copied at every call, of which there can be millions.
+    if type(text) is not str or len(text) > _MAX_BYTES or encoding != "latin1":
+        raise _Refused(f"bytes must be written as text in latin1, at most {_MAX_BYTES} of them")
     try:
         return text.encode("latin1")
     except UnicodeEncodeError:

@@ -354,6 +354,10 @@ PICKLES: dict[str, tuple[Callable[[], "Zip | bytes"], tuple[str, ...]]] = {
         lambda: pickled(call(name("_codecs", "encode"), "a", "idna")),
         ("latin1",),
     ),
+    "bytes longer than a number": (
+        lambda: pickled(call(name("_codecs", "encode"), "a" * 17, "latin1")),
+        ("at most 16",),
+    ),
     "bytes beyond latin1": (
         lambda: pickled(call(name("_codecs", "encode"), "€", "latin1")),
         ("latin1",),
