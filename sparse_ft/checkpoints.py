@@ -815,10 +815,10 @@ def new_folder(op: str, out: str | os.PathLike[str]) -> Iterator[str]:
         os.path.islink(target) or not os.path.isdir(target) or os.listdir(target)
     ):
         raise SFTError(f"{op}: {target!r} exists and is no empty folder; name another")
-    parent, name = os.path.split(target)
+    parent = os.path.dirname(target)
     if not os.path.isdir(parent):
         raise SFTError(f"{op}: there is no folder {parent!r}; create it first")
-    temporary = os.path.join(parent, f".{name[:200]}.{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(parent, f".{secrets.token_hex(8)}.tmp")
     os.mkdir(temporary)
     try:
         yield temporary

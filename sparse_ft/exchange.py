@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -30,7 +29,7 @@ from .checkpoints import (
     write_safetensors,
 )
 from .delta import DTYPE_NAMES, VALUE_DTYPES, SFTError, SparseDelta, _tensors
-from .files import MAX_DIMS, MAX_NUMEL, SFTFileError, canonical
+from .files import MAX_DIMS, MAX_NUMEL, SFTFileError, canonical, new_file
 from .metadata import short
 from .tiles import Layout, Support
 
@@ -459,14 +458,8 @@ def write_patch(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
             raise SFTError(f"write_patch: {name!r}: its values are no {dtype}, which the base has")
     kept = {key: delta.meta[key] for key in _PATCH_FIELDS if key in delta.meta}
     document = {"version": 1, "params": params, **kept}
-    temporary = f"{target}.{secrets.token_hex(8)}.tmp"
-    try:
+    with new_file("write_patch", target) as temporary:
         _write(temporary, tensors, {_PATCH_KEY: canonical(document)})
-        os.replace(temporary, target)
-    except BaseException:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
-        raise
     return target
 
 

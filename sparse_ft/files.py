@@ -9,6 +9,7 @@ header declares it, no value is used before it was checked on a private copy, an
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import mmap
@@ -19,6 +20,7 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -182,7 +184,8 @@ def save(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
         The path of the file.
 
     Raises:
-        SFTError: The delta is malformed, or the path is neither.
+        SFTError: The delta is malformed, or beyond the limits of a file (docs/file-format.md), or
+            the path is neither.
         OSError: The file cannot be written.
     """
     target = os.fsdecode(path)
@@ -192,22 +195,14 @@ def save(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
         raise SFTError(
             f"SparseDelta.save: {target!r} must end in .safetensors, or be an existing folder"
         )
-    # A link stays a link: what it points to is replaced.
-    real = os.path.realpath(target)
-    if os.path.lexists(real) and not os.path.isfile(real):
-        raise SFTError(f"SparseDelta.save: {target!r} exists and is not a regular file")
-    folder, name = os.path.split(real)
-    if not os.path.isdir(folder):
-        raise SFTError(f"SparseDelta.save: there is no folder {folder!r}; create it first")
-    delta = delta.to("cpu")
-    try:
-        support = Support(delta.layout, delta.support.idx, delta.support.ptr)
-    except ValueError as error:
-        raise SFTError(f"SparseDelta.save: {error}") from None
-    delta = SparseDelta(support, delta.val, delta.heads, delta.meta)
-    header, arrays = _header(delta)
-    temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(8)}.tmp")
-    try:
+    with new_file("SparseDelta.save", target) as temporary:
+        delta = delta.to("cpu")
+        try:
+            support = Support(delta.layout, delta.support.idx, delta.support.ptr)
+        except ValueError as error:
+            raise SFTError(f"SparseDelta.save: {error}") from None
+        delta = SparseDelta(support, delta.val, delta.heads, delta.meta)
+        header, arrays = _header(delta)
         with open(temporary, "xb") as file:
             file.write(len(header).to_bytes(8, "little"))
             file.write(header)
@@ -215,12 +210,32 @@ def save(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
                 file.write(array.raw.data)
             file.flush()
             os.fsync(file.fileno())
+    return target
+
+
+@contextmanager
+def new_file(op: str, target: str) -> Iterator[str]:
+    """A path to write to, whose file becomes `target` when the block ends and vanishes if it fails.
+
+    Raises:
+        SFTError: `target` is there and no regular file, or the folder to hold it is not.
+    """
+    # A link stays a link: what it points to is replaced.
+    real = os.path.realpath(target)
+    if os.path.lexists(real) and not os.path.isfile(real):
+        raise SFTError(f"{op}: {target!r} exists and is not a regular file")
+    folder = os.path.dirname(real)
+    if not os.path.isdir(folder):
+        raise SFTError(f"{op}: there is no folder {folder!r}; create it first")
+    # Without the name, which can be as long as names may be.
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
         os.replace(temporary, real)
     except BaseException:
         if os.path.lexists(temporary):
             os.unlink(temporary)
         raise
-    return target
 
 
 def _header(delta: SparseDelta) -> tuple[bytes, list[_Array]]:
@@ -248,6 +263,9 @@ def _header(delta: SparseDelta) -> tuple[bytes, list[_Array]]:
             f"SparseDelta.save: the header takes {len(header):,} bytes, and {MAX_HEADER:,} are the "
             f"limit; {len(delta.layout):,} tensors, their names and the recipe are what fills it"
         )
+    # What is written must be read: the reader says so, before anything is written.
+    start = len(header).to_bytes(8, "little") + header
+    _Reader("SparseDelta.save").check(start, len(start) + offset)
     return header, [array for _, array in arrays]
 
 
@@ -292,6 +310,17 @@ class _Tensor(NamedTuple):
     end: int
 
 
+class _Structure(NamedTuple):
+    """What a file says before its tensors."""
+
+    document: dict[str, Any]
+    layout: Layout
+    heads: list[str]
+    meta: dict[str, Any]
+    entries: dict[str, _Tensor]
+    begin: int
+
+
 # Gives the bytes of a tensor.
 _Read = Callable[[_Tensor], np.ndarray]
 
@@ -305,7 +334,7 @@ def _tensor(read: _Read, entry: _Tensor) -> Tensor:
 class _Reader:
     """One reading of one file. Rules are numbered as in docs/file-format.md."""
 
-    def __init__(self, path: str, max_bytes: int, mmap: bool) -> None:
+    def __init__(self, path: str, max_bytes: int = MAX_BYTES, mmap: bool = False) -> None:
         self.path = path
         self.max_bytes = max_bytes
         self.mmap = mmap
@@ -342,11 +371,25 @@ class _Reader:
             except OSError as error:
                 raise SFTFileError(f"{self.path}: cannot be read: {error.strerror}") from error
 
-    def _read(self, file: BinaryIO) -> SparseDelta:
+    def check(self, start: bytes, size: int) -> None:
+        """Checks the beginning of a file of so many bytes, up to its tensors: rules 1 to 7."""
+        self.size = size
+        try:
+            self._structure(io.BytesIO(start))
+        except SFTFileError as error:
+            raise SFTError(str(error)) from None
+        except SFTError as error:
+            raise SFTError(f"{self.path}: {error}") from None
+
+    def _structure(self, file: BinaryIO) -> _Structure:
         entries, text, begin = self._header(file)
         document = self._document(text)
         layout, heads, meta = self._parameters(document)
         self._match(document, layout, heads, entries)
+        return _Structure(document, layout, heads, meta, entries, begin)
+
+    def _read(self, file: BinaryIO) -> SparseDelta:
+        document, layout, heads, meta, entries, begin = self._structure(file)
         read = self._mapped(file, begin) if self.mmap else self._copied(file, begin)
         support, val, zeros = self._content(read, entries, layout, document)
         dense = {name: _tensor(read, entries[f"dense.{i}"]) for i, name in enumerate(heads)}

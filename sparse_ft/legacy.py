@@ -10,7 +10,6 @@ specification. The file says nothing of its base model.
 from __future__ import annotations
 
 import os
-import secrets
 import warnings
 from collections.abc import Mapping
 from itertools import groupby
@@ -25,7 +24,7 @@ from sparse_ft_kernels.contract import describe_unusable
 
 from . import torch_zip
 from .delta import VALUE_DTYPES, SparseDelta, check_head
-from .files import LEGACY_NAME, MAX_DIMS, MAX_NUMEL, SFTFileError
+from .files import LEGACY_NAME, MAX_DIMS, MAX_NUMEL, SFTFileError, new_file
 from .metadata import MAX_TENSORS, SFTError, check_name, short
 from .tiles import TILE, Layout, Support
 
@@ -70,8 +69,7 @@ def read(
         SFTError: `base` or `meta` is malformed or does not fit; the message names the field.
     """
     where = _locate(path)
-    content = torch_zip.load(where, max_bytes=max_bytes, mapped=False, packed=True)
-    delta = _Reader(where, content).read()
+    delta = _Reader(where, _loaded(where, max_bytes)).read()
     if base_id is not None:
         meta["base"] = {"id": base_id}
     selected, dtypes = None, None
@@ -94,6 +92,10 @@ def read(
     )
 
 
+def _loaded(path: str, max_bytes: int = MAX_BYTES) -> Any:
+    return torch_zip.load(path, max_bytes=max_bytes, mapped=False, packed=True)
+
+
 def write(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
     """Writes a delta as the reference implementation reads it: entries and heads, no metadata.
 
@@ -110,7 +112,7 @@ def write(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
     Raises:
         SFTError: The reference implementation could not read the delta: it is of kind `replace`, or
             has entries in a tensor that has not one or two dimensions or 2^31 elements or more; or
-            the path is neither.
+            it is beyond what `read` takes (docs/legacy-format.md), or the path is neither.
         OSError: The file cannot be written. What stood there before still stands.
     """
     target = os.fsdecode(path)
@@ -118,25 +120,18 @@ def write(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
         target = os.path.join(target, LEGACY_NAME)
     if not target.endswith(".bin"):
         raise SFTError(f"legacy.write: {target!r} must end in .bin, or be an existing folder")
-    # A link stays a link: what it points to is replaced.
-    real = os.path.realpath(target)
-    if os.path.lexists(real) and not os.path.isfile(real):
-        raise SFTError(f"legacy.write: {target!r} exists and is not a regular file")
-    folder, name = os.path.split(real)
-    if not os.path.isdir(folder):
-        raise SFTError(f"legacy.write: there is no folder {folder!r}; create it first")
-    content = _content(delta)
-    temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(8)}.tmp")
-    try:
+    with new_file("legacy.write", target) as temporary:
+        content = _content(delta)
         with open(temporary, "xb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, real)
-    except BaseException:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
-        raise
+        # What is written must be read.
+        try:
+            _Reader(temporary, _loaded(temporary)).structure()
+        except SFTFileError as error:
+            said = str(error).removeprefix(f"{temporary}: ")
+            raise SFTError(f"legacy.write: {said}") from None
     return target
 
 
@@ -224,7 +219,8 @@ class _Reader:
     def fail(self, message: str) -> NoReturn:
         raise SFTFileError(f"{self.path}: {message}")
 
-    def read(self) -> SparseDelta:
+    def structure(self) -> tuple[Layout, dict[str, Any], dict[str, Any]]:
+        """The layout, and what the file has for each of its tensors and for each head."""
         content = self._dict("what was saved", self.content)
         if not content.keys() & {"diffs", "abs"} or content.keys() - {"diffs", "abs"}:
             self.fail(
@@ -243,7 +239,10 @@ class _Reader:
                 self.fail(str(error))
         for name in differences.keys() & heads.keys():
             self.fail(f"{name!r} is both in diffs and in abs")
-        layout = self._layout(differences)
+        return self._layout(differences), differences, heads
+
+    def read(self) -> SparseDelta:
+        layout, differences, heads = self.structure()
         pieces = [self._entries(name, differences[name]) for name in layout.names]
         try:
             for name, head in heads.items():

@@ -12,9 +12,10 @@ from .tiles import Layout
 __all__ = ["META_FIELDS", "TEXT_FIELDS", "SFTError", "check_name", "check_text", "checked_meta"]
 
 TEXT_FIELDS = ("role", "lang", "task", "license")
+_PER_TENSOR = ("aliases", "dtypes", "dense_roles")
 META_FIELDS = (
     *("kind", "base", "trained_on", *TEXT_FIELDS, "recipe", "value_loss"),
-    *("aliases", "dtypes", "dense_roles"),
+    *_PER_TENSOR,
 )
 MAX_DEPTH = 8
 MAX_LIST = 1 << 16
@@ -47,7 +48,8 @@ def checked_meta(meta: Mapping[str, Any], layout: Layout, heads: Iterable[str]) 
             raise SFTError(
                 f"metadata: there is no field {key!r}; there are {', '.join(META_FIELDS)}"
             )
-        if (item := plain_json(key, value)) not in (None, "", [], {}):
+        most = MAX_TENSORS if key in _PER_TENSOR else MAX_LIST
+        if (item := plain_json(key, value, most=most)) not in (None, "", [], {}):
             plain[key] = item
     _one_of(plain, "kind", ("diff", "replace"))
     _one_of(plain, "value_loss", ("none", "bf16", "f16", "ternary"))
@@ -110,8 +112,10 @@ def _check_base_field(base: Any) -> None:
         _hex(f"base.files[{i}].sha256", item["sha256"], _HEX64, 64)
 
 
-def plain_json(at: str, value: Any, depth: int = 1) -> Any:
+def plain_json(at: str, value: Any, depth: int = 1, most: int = MAX_LIST) -> Any:
     """A value as dict, list, str, int, float, bool or None, within limits of depth and size.
+
+    At most `most` items are taken, at most MAX_LIST below them.
 
     Raises:
         SFTError: It begins with the place.
@@ -130,8 +134,8 @@ def plain_json(at: str, value: Any, depth: int = 1) -> Any:
         if not math.isfinite(value):
             raise SFTError(f"{at}: must be a finite number, found {value}")
         return float(value)
-    if isinstance(value, Mapping | list | tuple) and len(value) > MAX_LIST:
-        raise SFTError(f"{at}: {len(value):,} items; at most {MAX_LIST:,}")
+    if isinstance(value, Mapping | list | tuple) and len(value) > most:
+        raise SFTError(f"{at}: {len(value):,} items; at most {most:,}")
     if isinstance(value, Mapping):
         for key in value:
             check_text(f"{at}: a key", key, MAX_NAME)

@@ -495,6 +495,44 @@ def test_save_checks_what_it_writes(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("shapes", "heads", "recipe", "message"),
+    [
+        ({"w": [1] * 33}, {}, {}, r"params\[0\] 'w'.*at most 32 sizes"),
+        ({"w": (1 << 60, 0)}, {}, {}, "more than 2\\^48 elements"),
+        ({}, {"h": torch.ones([1] * 33)}, {}, "at most 32 sizes"),
+        ({}, {"h": torch.ones(0, 1 << 60)}, {}, "more than 2\\^48 elements"),
+        ({}, {}, {"x": ["[" * 4096] * 300}, "1,048,576 lists and objects"),
+        ({f"{i}": () for i in range(101)}, {}, {}, "at most 100 items"),
+    ],
+)
+def test_save_writes_nothing_that_load_refuses(
+    tmp_path, monkeypatch, shapes, heads, recipe, message
+):
+    monkeypatch.setattr(sparse_ft.files, "MAX_TENSORS", 100)
+    path = tmp_path / "x.safetensors"
+    make().save(path)
+    support = Support.from_indices(Layout.of(shapes), {})
+    delta = SparseDelta(support, torch.zeros(0), heads, {"recipe": recipe})
+    with pytest.raises(SFTError, match=f"^SparseDelta.save: .*{message}"):
+        delta.save(path)
+    assert load(path) == make()
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_a_type_for_each_of_many_parameters(tmp_path):
+    names = [f"{i:x}" for i in range(70_000)]
+    support = Support.from_indices(Layout.of(dict.fromkeys(names, ())), {"7": [0]})
+    delta = SparseDelta(support, torch.ones(1), meta={"dtypes": dict.fromkeys(names, "F16")})
+    assert load(delta.save(tmp_path / "x.safetensors")) == delta
+
+
+def test_names_as_long_as_the_system_takes_them(tmp_path):
+    path = tmp_path / ("漢" * 80 + ".safetensors")  # 252 bytes of 255
+    make().save(path)
+    assert load(path) == make()
+
+
 # --- reading: what is no file -------------------------------------------------------------------
 
 

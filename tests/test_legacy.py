@@ -313,6 +313,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["x.bin"]
 
 
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"w": [1] * 33}, "a torch.Size must be a tuple of at most 32"),
+        ({"w": (1 << 60, 0)}, "product 2\\^48 at most"),
+        ({f"{i}": (1 << 36,) for i in range(5)}, "elements; at most"),
+    ],
+)
+def test_nothing_is_written_that_read_refuses(tmp_path, shapes, message):
+    path = legacy.write(make({"w": (3, 4)}), tmp_path / "x.bin")
+    before = Path(path).read_bytes()
+    layout = Layout.of(shapes)
+    support = Support.from_indices(layout, {})
+    with pytest.raises(SFTError, match=f"^legacy.write: .*{message}"):
+        legacy.write(SparseDelta(support, torch.zeros(0)), path)
+    assert Path(path).read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
 def test_a_delta_that_was_broken_is_not_written(tmp_path):
     delta = make({"w": (3, 4)})
     delta.val[1] = float("nan")
