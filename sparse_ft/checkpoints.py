@@ -30,7 +30,7 @@ from sparse_ft_kernels import compose_
 from sparse_ft_kernels.contract import describe_unusable
 
 from .delta import SFTError, SparseDelta, _comparable, _same_bits, _tensors
-from .files import SFTFileError
+from .files import SFTFileError, parse_json
 from .merge import given
 from .metadata import check_name, short
 from .select import _chosen, select
@@ -218,32 +218,25 @@ def read_json(path: str) -> dict[str, Any]:
     """A JSON object from a foreign file.
 
     Raises:
-        SFTFileError: It is no JSON object, too large, or names a field twice.
+        SFTFileError: It cannot be read, is no JSON object, too large, or names a field twice.
     """
-    if os.path.getsize(path) > MAX_JSON:
-        _fail(path, f"is {os.path.getsize(path):,} bytes long; at most {MAX_JSON:,} are read")
-    with open(path, "rb") as file:
-        return parse_json(path, file.read())
+    try:
+        if (size := os.path.getsize(path)) > MAX_JSON:
+            _fail(path, f"is {size:,} bytes long; at most {MAX_JSON:,} are read")
+        with open(path, "rb") as file:
+            return json_object(path, file.read())
+    except OSError as error:
+        raise SFTFileError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def parse_json(path: str, text: str | bytes) -> dict[str, Any]:
+def json_object(path: str, text: str | bytes) -> dict[str, Any]:
     """A JSON object from text that stands in a foreign file.
 
     Raises:
         SFTFileError: It is no JSON object, or names a field twice.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
-        return fields
-
-    try:
-        document = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise SFTFileError(f"{path}: is not JSON: {error}") from None
+    # Configurations of models have infinities.
+    document = parse_json(path, text, finite=False)
     if not isinstance(document, dict):
         _fail(path, f"must be a JSON object, found {short(document)}")
     return document

@@ -22,8 +22,8 @@ from sparse_ft_kernels.contract import describe_unusable
 from .checkpoints import (
     Checkpoint,
     inside,
+    json_object,
     new_folder,
-    parse_json,
     read_json,
     write_json,
     write_safetensors,
@@ -481,7 +481,7 @@ def read_patch(path: str | os.PathLike[str]) -> SparseDelta:
         text = (file.metadata() or {}).get(_PATCH_KEY)
     if text is None:
         _fail(path, f"is no patch: its metadata have no {_PATCH_KEY}")
-    document = parse_json(path, text)
+    document = json_object(path, text)
     params = document.get("params")
     if document.get("version") != 1 or not isinstance(params, dict):
         _fail(path, "is no patch of version 1 with params")

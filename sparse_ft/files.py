@@ -50,6 +50,7 @@ VERSION = (1, 0)
 KEY = "sparse_ft"
 MAX_HEADER = 16 << 20
 MAX_BRACKETS = 1 << 20
+MAX_DIGITS = 64
 MAX_BYTES = 64 << 30
 MAX_NUMEL = 1 << 48
 MAX_DIMS = 32
@@ -82,6 +83,58 @@ def canonical(document: Any) -> str:
     return json.dumps(
         document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
+
+
+def parse_json(where: str, raw: bytes | str, *, finite: bool = True) -> Any:
+    """Foreign JSON, without repeated keys.
+
+    Args:
+        where: What it is, for messages.
+        raw: The text; bytes are UTF-8.
+        finite: Refuse NaN and infinities, which Python takes for JSON.
+
+    Raises:
+        SFTFileError: It is no JSON, repeats a key, or is beyond a limit; it begins with `where`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            twice = counts.most_common(1)[0][0]
+            raise ValueError(f"the key {short(twice)} stands there twice")
+        return found
+
+    def integer(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(f"an integer of {len(digits):,} digits")
+        return int(digits)
+
+    def real(digits: str) -> float:
+        if len(digits) > MAX_DIGITS or (finite and not math.isfinite(float(digits))):
+            raise ValueError(f"the number {short(digits)}")
+        return float(digits)
+
+    def constant(name: str) -> float:
+        if finite:
+            raise ValueError(f"the number {name}")
+        return float(name)
+
+    try:
+        text = raw if isinstance(raw, str) else raw.decode("utf-8")
+        if text.count("[") + text.count("{") > MAX_BRACKETS:
+            raise ValueError(f"more than {MAX_BRACKETS:,} lists and objects")
+        return json.loads(
+            text,
+            object_pairs_hook=unique,
+            parse_int=integer,
+            parse_float=real,
+            parse_constant=constant,
+        )
+    except RecursionError:
+        raise SFTFileError(f"{where}: is nested too deep") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
+        raise SFTFileError(f"{where}: is not valid JSON: {error}") from None
 
 
 def content_document(delta: SparseDelta) -> dict[str, Any]:
@@ -427,7 +480,7 @@ class _Reader:
             )
         if length > MAX_HEADER:
             self.fail(f"header: {length:,} bytes; at most {MAX_HEADER:,} are allowed in an SFT")
-        root = self._json("header", self._bytes(file, 8, length).tobytes())
+        root = parse_json(f"{self.path}: header", self._bytes(file, 8, length).tobytes())
         if not isinstance(root, dict):
             self.fail("header: must be a JSON object")
         metadata = root.pop("__metadata__", None)
@@ -489,48 +542,10 @@ class _Reader:
             )
         return _Tensor(dtype, shape, *offsets)
 
-    def _json(self, at: str, raw: bytes | str) -> Any:
-        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            found = dict(pairs)
-            if len(found) < len(pairs):
-                counts = Counter(name for name, _ in pairs)
-                twice = counts.most_common(1)[0][0]
-                raise ValueError(f"the key {short(twice)} stands there twice")
-            return found
-
-        def integer(digits: str) -> int:
-            if len(digits) > 20:
-                raise ValueError(f"an integer of {len(digits):,} digits")
-            return int(digits)
-
-        def real(digits: str) -> float:
-            if len(digits) > 64 or not math.isfinite(float(digits)):
-                raise ValueError(f"the number {short(digits)}")
-            return float(digits)
-
-        def constant(name: str) -> NoReturn:
-            raise ValueError(f"the number {name}")
-
-        try:
-            text = raw if isinstance(raw, str) else raw.decode("utf-8")
-            if text.count("[") + text.count("{") > MAX_BRACKETS:
-                raise ValueError(f"more than {MAX_BRACKETS:,} lists and objects")
-            return json.loads(
-                text,
-                object_pairs_hook=unique,
-                parse_int=integer,
-                parse_float=real,
-                parse_constant=constant,
-            )
-        except RecursionError:
-            self.fail(f"{at}: is nested too deep")
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
-            self.fail(f"{at}: is not valid JSON: {error}")
-
     # Rules 4 and 5: the document.
 
     def _document(self, text: str) -> dict[str, Any]:
-        document = self._json("metadata", text)
+        document = parse_json(f"{self.path}: metadata", text)
         if not isinstance(document, dict):
             self.fail("metadata: must be a JSON object")
         if document.get("format") != "sft":

@@ -3,6 +3,7 @@ is not trusted."""
 
 import copy
 import fnmatch
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import warnings
+import time
 from pathlib import Path
 
 import numpy as np
@@ -188,11 +190,11 @@ HOSTILE_INDEX = {
     "empty": ({"weight_map": {}}, "weight_map: must map names"),
     "no map": ({}, "weight_map: must map names"),
     "lies": ({"weight_map": {"v": "good.safetensors"}}, "no tensor 'v', which the index"),
-    "twice": ('{"weight_map": {"w": "good.safetensors", "w": "b.safetensors"}}', "'w' is given tw"),
-    "no json": ("{", "is not JSON"),
+    "twice": ('{"weight_map": {"w": "good.safetensors", "w": "b.safetensors"}}', "'w' stands th.* twice"),
+    "no json": ("{", "is not valid JSON"),
     "no object": ("[]", "must be a JSON object"),
-    "deep": ("[" * 100_000, "is not JSON"),
-    "no utf-8": ('{"\udcff"', "is not JSON"),
+    "deep": ("[" * 100_000, "is nested too deep"),
+    "no utf-8": ('{"\udcff"', "is not valid JSON"),
     "both": (
         {"weight_map": {"w": "good.safetensors", "x": "same.safetensors"}},
         "same.safetensors: tensor 'w' is in .*good.safetensors' as well",
@@ -221,6 +223,26 @@ def test_a_hostile_index_is_refused(tmp_path, case):
     for given_path in (path, folder):
         with pytest.raises(SFTFileError, match=message):
             Checkpoint(given_path)
+
+
+def test_a_repeated_name_among_many_is_found_at_once(tmp_path):
+    names = ",".join(f'"{i}":"a"' for i in range(100_000))
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(f'{{"weight_map":{{{names},"99999":"a"}}}}')
+    begun = time.perf_counter()
+    with pytest.raises(SFTFileError, match="'99999' stands there twice"):
+        Checkpoint(path)
+    assert time.perf_counter() - begun < 10  # a search for each name would take minutes
+
+
+def test_an_index_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    path = indexed(tmp_path, {"w": "a.safetensors"})
+    monkeypatch.setattr(checkpoints, "open", refused, raising=False)
+    with pytest.raises(SFTFileError, match="index.json: cannot be read: Permission denied"):
+        Checkpoint(path)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

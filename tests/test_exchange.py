@@ -444,8 +444,8 @@ def test_what_is_no_patch_is_refused(tmp_path):
     path = tmp_path / "p.safetensors"
     for metadata, message in (
         (None, "is no patch"),
-        ("{", "is not JSON"),
-        ("[" * 9999, "not JSON"),
+        ("{", "is not valid JSON"),
+        ("[" * 9999, "is nested too deep"),
     ):
         save_file(PATCH, path, metadata and {"sparse_ft_patch": metadata})
         with pytest.raises(SFTFileError, match=message):
