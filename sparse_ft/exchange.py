@@ -28,9 +28,10 @@ from .checkpoints import (
     write_json,
     write_safetensors,
 )
-from .delta import DTYPE_NAMES, VALUE_DTYPES, SFTError, SparseDelta, _tensors
+from .delta import DTYPE_NAMES, VALUE_DTYPES, SFTError, SparseDelta, _same_bits, _tensors
 from .files import MAX_DIMS, MAX_NUMEL, SFTFileError, canonical, new_file
-from .metadata import short
+from .legacy import MAX_ELEMENTS
+from .metadata import MAX_TENSORS, checked_meta, short
 from .tiles import Layout, Support
 
 __all__ = ["read_patch", "read_shira", "replacing", "write_patch", "write_shira"]
@@ -361,8 +362,9 @@ def replacing(delta: SparseDelta, base: Base, *, allow_base_mismatch: bool = Fal
         allow_base_mismatch: Go on even where the digest says that the base model is another one.
 
     Returns:
-        A delta of kind "replace", over the same entries, with the base's data type in
-        `meta["dtypes"]`; its values are in fp32 where the base has several.
+        A delta of kind "replace", over the same entries, with the base's names of its tensors and
+        their data type in `meta["dtypes"]`; its values are in fp32 where the base has several.
+        Where the base has a tensor under several names (tied), the further ones are its aliases.
 
     Raises:
         SFTError: The delta does not fit the base, or a sum is beyond its data type.
@@ -370,51 +372,81 @@ def replacing(delta: SparseDelta, base: Base, *, allow_base_mismatch: bool = Fal
     if delta.kind != "diff":
         raise SFTError(f"replacing: the delta is of kind {delta.kind!r} already")
     delta = delta.to("cpu")
-    tensors, _ = _opened(base)
-    aliases = delta.meta.get("aliases", {})
-    found: dict[str, Tensor] = {}
-    for own, shape in zip(delta.layout.names, delta.layout.shapes, strict=True):
-        name = next((n for n in (own, *aliases.get(own, ())) if n in tensors), None)
-        if name is None:
-            raise SFTError(f"replacing: base has no tensor {own!r}")
-        if reason := describe_unusable(tensors[name]):
-            raise SFTError(f"replacing: base: {name!r} {reason}")
-        if tuple(tensors[name].shape) != shape:
-            raise SFTError(
-                f"replacing: {name!r} has shape {tuple(tensors[name].shape)} in base and {shape} "
-                "in the delta"
-            )
-        found[own] = tensors[name].detach()
+    tensors, tied = _opened(base)
+    found = _names(delta, tensors, tied)
     if not allow_base_mismatch:
-        delta.check_base(list(found.values()))
+        delta.check_base([tensors[names[0]].detach() for names in found.values()])
+    layout = Layout.of(
+        {found[own][0]: shape for own, shape in zip(found, delta.layout.shapes, strict=True)}
+    )
+    positions: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
-    values: list[Tensor] = []
-    for name, positions, phi in delta:
-        old = found[name].reshape(-1)[positions.to(found[name].device)].cpu()
+    values: dict[str, Tensor] = {}
+    for own, at, phi in delta:
+        name = found[own][0]
+        tensor = tensors[name].detach()
+        old = tensor.reshape(-1)[at.to(tensor.device)].cpu()
         new = (old.float() + phi.float()).to(old.dtype)
         # As in compose: a sum of 0 leaves the weight's bits alone.
-        values.append(torch.where(phi == 0, old, new))
-        before[name] = old
+        values[name] = torch.where(phi == 0, old, new)
+        positions[name], before[name] = at, old
     meta = delta.meta | {
         "kind": "replace",
+        "aliases": {name: further for name, *further in found.values() if further},
         "recipe": {
             "method": "replacing",
             "merged_from": [{"id": delta.content_id, "alpha": 1.0}],
         },
     }
     return SparseDelta.from_compact(
-        delta.support,
-        torch.cat(values) if values else torch.zeros(0),
+        Support.from_indices(layout, positions),
+        torch.cat([values[name] for name in sorted(values)]) if values else torch.zeros(0),
         heads=delta.heads,
         base=before,
-        base_dtypes={name: tensor.dtype for name, tensor in found.items()},
+        base_dtypes={name: tensors[name].dtype for name in layout.names},
         meta=meta,
     )
 
 
+def _names(
+    delta: SparseDelta, tensors: Mapping[str, Tensor], tied: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
+    """All of a base's names for each tensor of a delta; the delta's own first, if it is one."""
+    groups = {name: [owner, *more] for owner, more in tied.items() for name in (owner, *more)}
+    aliases = delta.meta.get("aliases", {})
+    found: dict[str, list[str]] = {}
+    taken: dict[str, str] = {}
+    for own, shape in zip(delta.layout.names, delta.layout.shapes, strict=True):
+        known = [n for n in (own, *aliases.get(own, ())) if n in tensors]
+        if not known:
+            raise SFTError(f"replacing: base has no tensor {own!r}")
+        further = (n for name in known for n in groups.get(name, ()) if n not in delta.heads)
+        found[own] = list(dict.fromkeys((*known, *further)))
+        for name in found[own]:
+            if reason := describe_unusable(tensors[name]):
+                raise SFTError(f"replacing: base: {name!r} {reason}")
+            if tuple(tensors[name].shape) != shape:
+                raise SFTError(
+                    f"replacing: {name!r} has shape {tuple(tensors[name].shape)} in base and "
+                    f"{shape} in the delta"
+                )
+            if not _same_bits(tensors[name], tensors[known[0]]):
+                raise SFTError(
+                    f"replacing: {known[0]!r} and {name!r} are one tied tensor in the delta, and "
+                    "differ in base"
+                )
+            if taken.setdefault(name, own) != own:
+                raise SFTError(
+                    f"replacing: {taken[name]!r} and {own!r} are two tensors in the delta and "
+                    f"one, {name!r}, in base (tied)"
+                )
+    return found
+
+
 def write_patch(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
     """Writes absolute values as a patch: per tensor of the checkpoint `<name>.indices`, int32, flat
-    and ascending, and `<name>.values`, in the data type of the weight.
+    and ascending, and `<name>.values`, in the data type of the weight; a tied tensor's under each
+    of its names.
 
     Args:
         delta: A delta of kind "replace", as `replacing` makes it, without heads.
@@ -452,12 +484,14 @@ def write_patch(delta: SparseDelta, path: str | os.PathLike[str]) -> str:
                 f"write_patch: {name!r} has {numel:,} elements; int32 positions reach "
                 f"{_MAX_POSITIONS:,}"
             )
-        tensors[f"{name}.indices"] = delta.indices(name).int()
-        tensors[f"{name}.values"] = values.to(_PATCH_DTYPES[dtype])
-        if not torch.equal(tensors[f"{name}.values"].float(), values.float()):
+        flat, stored = delta.indices(name).int(), values.to(_PATCH_DTYPES[dtype])
+        for each in (name, *delta.meta.get("aliases", {}).get(name, ())):
+            tensors[f"{each}.indices"], tensors[f"{each}.values"] = flat, stored
+        if not torch.equal(stored.float(), values.float()):
             raise SFTError(f"write_patch: {name!r}: its values are no {dtype}, which the base has")
     kept = {key: delta.meta[key] for key in _PATCH_FIELDS if key in delta.meta}
     document = {"version": 1, "params": params, **kept}
+    _patched("write_patch", params)
     with new_file("write_patch", target) as temporary:
         _write(temporary, tensors, {_PATCH_KEY: canonical(document)})
     return target
@@ -476,15 +510,67 @@ def read_patch(path: str | os.PathLike[str]) -> SparseDelta:
         SFTFileError: The file is malformed; the message names tensor or field.
     """
     path = os.fsdecode(path)
+    if os.path.isdir(path) or not path.endswith(".safetensors"):
+        _fail(path, "is no patch, which is a file that ends in .safetensors")
     patch = Checkpoint(path)
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(_PATCH_KEY)
     if text is None:
         _fail(path, f"is no patch: its metadata have no {_PATCH_KEY}")
     document = json_object(path, text)
-    params = document.get("params")
-    if document.get("version") != 1 or not isinstance(params, dict):
+    params, version = document.get("params"), document.get("version")
+    if type(version) is not int or version != 1 or not isinstance(params, dict):
         _fail(path, "is no patch of version 1 with params")
+    layout, dtypes = _patched(path, params)
+    fields = {key: document[key] for key in _PATCH_FIELDS if key in document}
+    try:
+        meta = checked_meta(fields | {"kind": "replace", "dtypes": dtypes}, layout, ())
+    except SFTError as error:
+        _fail(path, str(error))
+    owners = {n: name for name, group in meta.get("aliases", {}).items() for n in group}
+    positions: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for key in patch:
+        name, _, part = key.rpartition(".")
+        owner = owners.get(name, name)
+        if owner not in layout or part not in ("indices", "values"):
+            _fail(path, f"tensor {key!r} belongs to none of params")
+        pair = {part: f"{name}.{part}" for part in ("indices", "values")}
+        if any(other not in patch for other in pair.values()):
+            _fail(path, f"tensor {key!r}: {name!r} needs both indices and values")
+        if part == "values":
+            continue
+        # Checked and used in memory of our own.
+        flat, own = patch[pair["indices"]].clone(), patch[pair["values"]].clone()
+        if flat.dtype != torch.int32 or own.dtype != _PATCH_DTYPES[dtypes[owner]]:
+            _fail(
+                path,
+                f"{name!r}: must have indices of int32 and values of {dtypes[owner]}, found "
+                f"{flat.dtype} and {own.dtype}",
+            )
+        if flat.dim() != 1 or flat.shape != own.shape:
+            _fail(
+                path,
+                f"{name!r}: indices of shape {tuple(flat.shape)} for values of shape "
+                f"{tuple(own.shape)}; one each, in a row",
+            )
+        order = _without_repetition(path, name, flat, layout.numels[layout.ordinal(owner)])
+        positions[name], values[name] = flat[order], own[order]
+    for name in owners.keys() & positions.keys():
+        flat, own, owner = positions.pop(name), values.pop(name), owners[name]
+        if not (
+            owner in positions
+            and torch.equal(flat, positions[owner])
+            and _same_bits(own, values[owner])
+        ):
+            _fail(path, f"{name!r}: is a name of {owner!r}, and their entries differ")
+    return _assembled(path, layout, positions, values, meta=meta)
+
+
+def _patched(path: str, params: Mapping[str, Any]) -> tuple[Layout, dict[str, str]]:
+    """The tensors that a patch is for, and their data types."""
+    if len(params) > MAX_TENSORS:
+        _fail(path, f"params: {len(params):,} tensors; at most {MAX_TENSORS:,}")
     shapes, dtypes = {}, {}
     for name, item in params.items():
         shape = item.get("shape") if isinstance(item, dict) else None
@@ -494,38 +580,15 @@ def read_patch(path: str | os.PathLike[str]) -> SparseDelta:
             or any(type(size) is not int or size < 0 for size in shape)
             or math.prod(max(size, 1) for size in shape) > MAX_NUMEL
         ):
-            _fail(path, f"params: {name!r}: shape: must be a list of sizes, found {short(shape)}")
+            _fail(
+                path,
+                f"params: {name!r}: shape: must be a list of at most {MAX_DIMS} sizes, of product "
+                f"2^48 at most, found {short(shape)}",
+            )
         if not isinstance(item.get("dtype"), str) or item["dtype"] not in _PATCH_DTYPES:
             _fail(path, f"params: {name!r}: dtype: must be F32, BF16 or F16")
         shapes[name], dtypes[name] = shape, item["dtype"]
     layout = Layout.of(shapes)
-    positions: dict[str, Tensor] = {}
-    values: dict[str, Tensor] = {}
-    for key in patch:
-        name, _, part = key.rpartition(".")
-        if name not in layout or part not in ("indices", "values"):
-            _fail(path, f"tensor {key!r} belongs to none of params")
-        pair = {part: f"{name}.{part}" for part in ("indices", "values")}
-        if any(other not in patch for other in pair.values()):
-            _fail(path, f"tensor {key!r}: {name!r} needs both indices and values")
-        if part == "values":
-            continue
-        # Checked and used in memory of our own.
-        flat, own = patch[pair["indices"]].clone(), patch[pair["values"]].clone()
-        if flat.dtype != torch.int32 or own.dtype != _PATCH_DTYPES[dtypes[name]]:
-            _fail(
-                path,
-                f"{name!r}: must have indices of int32 and values of {dtypes[name]}, found "
-                f"{flat.dtype} and {own.dtype}",
-            )
-        if flat.dim() != 1 or flat.shape != own.shape:
-            _fail(
-                path,
-                f"{name!r}: indices of shape {tuple(flat.shape)} for values of shape "
-                f"{tuple(own.shape)}; one each, in a row",
-            )
-        order = _without_repetition(path, name, flat, layout.numels[layout.ordinal(name)])
-        positions[name], values[name] = flat[order], own[order]
-    meta = {key: document[key] for key in _PATCH_FIELDS if key in document}
-    meta |= {"kind": "replace", "dtypes": dtypes}
-    return _assembled(path, layout, positions, values, meta=meta)
+    if layout.numel > MAX_ELEMENTS:
+        _fail(path, f"params: {layout.numel:,} elements; at most {MAX_ELEMENTS:,}")
+    return layout, dtypes

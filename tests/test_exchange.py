@@ -1,5 +1,6 @@
 """Exchange: what other libraries do with our files, re-created, and what their files may hold."""
 
+import copy
 import json
 import math
 import re
@@ -352,6 +353,78 @@ def test_a_patch_comes_back_as_it_was(tmp_path, dtype):
     assert read_patch(write_patch(empty, tmp_path / "e.safetensors")).nnz == 0
 
 
+@pytest.mark.parametrize(
+    "has", [None, ("emb.weight",), ("out.weight",), ("emb.weight", "out.weight")]
+)
+def test_a_patch_names_a_tied_tensor_as_the_base_does(tmp_path, has):
+    model = nn.ModuleDict({"emb": nn.Embedding(40, 6), "mid": nn.Linear(6, 6)})
+    model["out"] = nn.Linear(6, 40, bias=False)
+    model["out"].weight = model["emb"].weight
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned["emb"].weight[::3] += 1
+        tuned["mid"].weight[2] -= 1
+    delta = sf.SparseDelta.between(model, tuned)
+    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    base = model
+    if has is None:  # a module has all names
+        has = ("emb.weight", "out.weight")
+    else:
+        base = tmp_path
+        kept = {n: tensors[n] for n in ("mid.weight", "mid.bias", *has)}
+        save_file(kept, tmp_path / "model.safetensors")
+    absolute = replacing(delta, base)
+    patch = load_file(write_patch(absolute, tmp_path / "p.safetensors"))
+    assert {name.rpartition(".")[0] for name in patch} == {"mid.weight", *has}
+    for name in ("mid.weight", *has):
+        flat = tensors[name].view(-1)
+        flat.index_copy_(0, patch[f"{name}.indices"].long(), patch[f"{name}.values"])
+        assert_bits(tensors[name], tuned.state_dict()[name], name)
+    again = read_patch(tmp_path / "p.safetensors")
+    assert again == absolute
+    again.bind(model)
+
+
+def test_a_tied_tensor_that_the_base_has_twice_differently(tmp_path):
+    tied = {"a": torch.ones(4), "b": torch.ones(4)}
+    delta = sf.SparseDelta(
+        sf.Support.from_indices(sf.Layout.of({"a": (4,)}), {"a": [1]}),
+        torch.ones(1),
+        meta={"aliases": {"a": ["b"]}},
+    )
+    assert replacing(delta, tied).meta["aliases"] == {"a": ["b"]}
+    tied["b"][0] = 2
+    with pytest.raises(sf.SFTError, match=r"'a' and 'b' are one tied tensor .* differ in base"):
+        replacing(delta, tied)
+    both = sf.SparseDelta(
+        sf.Support.from_indices(sf.Layout.of({"a": (4,), "b": (4,)}), {"a": [1], "b": [2]}),
+        torch.ones(2),
+    )
+    tied["b"] = tied["a"]
+    with pytest.raises(sf.SFTError, match=r"'a' and 'b' are two tensors .* one, 'b', in base"):
+        replacing(both, tied)
+
+
+def test_a_patch_goes_where_it_is_sent_or_says_why_not(tmp_path):
+    support = sf.Support.from_indices(sf.Layout.of({"w": (9,)}), {"w": [5]})
+    delta = sf.SparseDelta(support, torch.ones(1), meta={"kind": "replace"})
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(tmp_path / "real" / "p.safetensors")
+    write_patch(delta, link)
+    assert link.is_symlink()
+    assert read_patch(tmp_path / "real" / "p.safetensors") == read_patch(link)
+    (tmp_path / "d.safetensors").mkdir()
+    with pytest.raises(sf.SFTError, match=r"write_patch: .* is not a regular file"):
+        write_patch(delta, tmp_path / "d.safetensors")
+    with pytest.raises(sf.SFTError, match="write_patch: there is no folder"):
+        write_patch(delta, tmp_path / "none" / "p.safetensors")
+    write_patch(delta, tmp_path / ("x" * 243 + ".safetensors"))
+    deep = sf.Support.from_indices(sf.Layout.of({"w": [1] * 33}), {"w": [0]})
+    with pytest.raises(sf.SFTError, match=r"write_patch: params: 'w': shape"):
+        write_patch(sf.SparseDelta(deep, torch.ones(1), meta={"kind": "replace"}), link)
+
+
 def test_replacing_and_patches_refuse_what_does_not_fit(tmp_path):
     model = Model()
     delta = made(model, LINEAR, heads=HEADS)
@@ -394,6 +467,24 @@ DOCUMENT = {"version": 1, "params": {"w": {"shape": [3, 4], "dtype": "F32"}}}
 PATCH = {"w.indices": torch.tensor([1, 5, 11], dtype=torch.int32), "w.values": torch.ones(3)}
 HOSTILE_PATCHES = {
     "version": ({"version": 2}, {}, "no patch of version 1"),
+    "version true": ({"version": True}, {}, "no patch of version 1"),
+    "version 1.0": ({"version": 1.0}, {}, "no patch of version 1"),
+    "many elements": (
+        {"params": {f"w{i}": {"shape": [1 << 37], "dtype": "F32"} for i in range(3)}},
+        {},
+        "elements; at most",
+    ),
+    "alias that differs": (
+        {"aliases": {"w": ["v"]}},
+        {"v.indices": PATCH["w.indices"].clone(), "v.values": torch.zeros(3)},
+        "'v': is a name of 'w', and their entries differ",
+    ),
+    "alias of nothing": (
+        {"aliases": {"w": ["v"]}},
+        {f"v.{part}": PATCH[f"w.{part}"] for part in ("indices", "values")}
+        | {"w.indices": None, "w.values": None},
+        "'v': is a name of 'w', and their entries differ",
+    ),
     "params": ({"params": [1]}, {}, "no patch of version 1"),
     "shape": ({"params": {"w": {"shape": [True], "dtype": "F32"}}}, {}, "'w': shape"),
     "negative": ({"params": {"w": {"shape": [-1, -12], "dtype": "F32"}}}, {}, "'w': shape"),
@@ -442,6 +533,12 @@ def test_a_hostile_patch_is_refused(tmp_path, case):
 
 def test_what_is_no_patch_is_refused(tmp_path):
     path = tmp_path / "p.safetensors"
+    (tmp_path / "m").mkdir()
+    save_file(PATCH, tmp_path / "m" / "model.safetensors")
+    torch.save(PATCH, tmp_path / "m.bin")
+    for other in ("m", "m.bin"):
+        with pytest.raises(SFTFileError, match=f"{other}: is no patch, which"):
+            read_patch(tmp_path / other)
     for metadata, message in (
         (None, "is no patch"),
         ("{", "is not valid JSON"),
