@@ -714,7 +714,7 @@ class _Plan:
         dtype, _ = self.specs[name]
         if name in self.heads:
             head = self.heads[name].cpu()
-            out = head.to(self.tensors[name].dtype if name in self.tensors else dtype).to(dtype)
+            out = head.to(dtype)
             self._check_finite(name, out, head)
             return out
         tensor = self.source[name]
@@ -843,7 +843,12 @@ def write_safetensors(
         specs: Name → data type and shape.
         read: Gives the tensor of a name; it is asked once for each.
         metadata: Texts by name, beside "format": "pt".
+
+    Raises:
+        SFTError: A tensor has the name of the metadata.
     """
+    if "__metadata__" in specs:
+        raise SFTError("a tensor is called '__metadata__', which safetensors keeps for itself")
     # Wide types first, so that every tensor is aligned.
     order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}

@@ -190,7 +190,10 @@ HOSTILE_INDEX = {
     "empty": ({"weight_map": {}}, "weight_map: must map names"),
     "no map": ({}, "weight_map: must map names"),
     "lies": ({"weight_map": {"v": "good.safetensors"}}, "no tensor 'v', which the index"),
-    "twice": ('{"weight_map": {"w": "good.safetensors", "w": "b.safetensors"}}', "'w' stands th.* twice"),
+    "twice": (
+        '{"weight_map": {"w": "good.safetensors", "w": "b.safetensors"}}',
+        "'w' stands th.* twice",
+    ),
     "no json": ("{", "is not valid JSON"),
     "no object": ("[]", "must be a JSON object"),
     "deep": ("[" * 100_000, "is nested too deep"),
@@ -241,7 +244,7 @@ def test_an_index_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
     path = indexed(tmp_path, {"w": "a.safetensors"})
     monkeypatch.setattr(checkpoints, "open", refused, raising=False)
-    with pytest.raises(SFTFileError, match="index.json: cannot be read: Permission denied"):
+    with pytest.raises(SFTFileError, match="cannot be read: Permission denied"):
         Checkpoint(path)
 
 
@@ -750,6 +753,25 @@ def test_heads_are_added_or_replaced_whole(tmp_path):
     other = saved(tmp_path / "c", tensors | {"head.bias": torch.zeros(5)})
     with pytest.raises(sf.SFTError, match=r"'head\.bias' has shape \(5,\)"):
         export(other, delta, tmp_path / "no", heads=delta)
+
+
+def test_a_head_is_rounded_once(tmp_path):
+    third = torch.full((3,), 1 / 3)
+    base = saved(tmp_path / "a", {"w": torch.zeros(3), "h": torch.zeros(3).bfloat16()})
+    delta = sf.SparseDelta.between({"w": torch.zeros(3)}, {"w": torch.ones(3)}, heads={"h": third})
+    out = Path(export(base, delta, tmp_path / "out", heads=delta, dtype=torch.float32))
+    assert_bits(load_file(out / "model.safetensors")["h"], third)
+    out = Path(export(base, delta, tmp_path / "kept", heads=delta))
+    assert_bits(load_file(out / "model.safetensors")["h"], third.bfloat16())
+
+
+def test_a_head_may_not_take_the_name_of_the_metadata(tmp_path):
+    base = saved(tmp_path / "a", {"w": torch.zeros(3)})
+    heads = {"__metadata__": torch.ones(2)}
+    delta = sf.SparseDelta.between({"w": torch.zeros(3)}, {"w": torch.ones(3)}, heads=heads)
+    with pytest.raises(sf.SFTError, match="'__metadata__', which safetensors keeps for itself"):
+        export(base, delta, tmp_path / "out", heads=delta)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_export_refuses_what_does_not_fit(tmp_path):
