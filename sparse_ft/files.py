@@ -350,7 +350,7 @@ def load(
     if where.endswith(".bin"):
         from . import legacy
 
-        return legacy.read(where, max_bytes=max_bytes)
+        return legacy.read(where, max_bytes=min(max_bytes, legacy.MAX_BYTES))
     return _Reader(where, max_bytes, mmap).read()
 
 

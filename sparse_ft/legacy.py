@@ -30,7 +30,6 @@ from .tiles import TILE, Layout, Support
 
 __all__ = ["read", "write"]
 
-# 700 million entries.
 MAX_BYTES = 4 << 30
 # Elements of all parameters together: what their tiles take is not in the file.
 MAX_ELEMENTS = 1 << 38

@@ -36,10 +36,16 @@ __all__ = ["load"]
 # writes about 50 instructions per tensor.
 MAX_INSTRUCTIONS = 1 << 22
 MAX_DEPTH = 64
+# Long lists of integers fill a pickle, two bytes each and more: 130 million of them.
+MAX_PICKLE = 1 << 28
+# Names are shorter.
+MAX_TEXT = 1 << 16
 # Bytes are those of one of numpy's numbers.
 _MAX_BYTES = 16
 # Python's pickler writes a list in batches of so many items.
 _BATCH = 1000
+# Bytes of a pickle in which runs are looked for at a time.
+_BLOCK = 1 << 20
 
 
 def load(
@@ -149,8 +155,11 @@ class _Archive:
         order = self.members.get(f"{self.prefix}byteorder")
         if order is not None and (said := self._bytes(order, 16)) != b"little":
             self.fail(f"byteorder: must be little, found {short(said)}")
-        code = self._bytes(self.members[pickles[0]])
-        if zlib.crc32(code) != (crc := self.members[pickles[0]].crc) and crc:
+        member = self.members[pickles[0]]
+        if (size := member.end - member.start) > MAX_PICKLE:
+            self.fail(f"data.pkl: is {size:,} bytes long; at most {MAX_PICKLE:,}")
+        code = self._bytes(member)
+        if zlib.crc32(code) != member.crc and member.crc:
             self.fail("data.pkl: does not have its checksum; the file is damaged")
         return _Pickle(code, self.storage, self.fail, packed).run()
 
@@ -690,6 +699,8 @@ class _Pickle:
         return self.memo[index]
 
     def _text(self, size: int) -> str:
+        if size > MAX_TEXT:
+            raise _Refused(f"has a text of {size:,} bytes; at most {MAX_TEXT:,}")
         try:
             return self._take(size).decode()
         except UnicodeDecodeError:
@@ -715,24 +726,32 @@ class _Runs:
     def __init__(self, code: bytes) -> None:
         # What an instruction cut off at the end would need.
         self.code = np.frombuffer(code + bytes(8), np.uint8)
-        mark = np.flatnonzero(self.code == ord("("))
-        one, two, three, five, six = (self.code[mark - n] for n in (1, 2, 3, 5, 6))
-        starts = (
-            1
-            + mark[
-                (one == ord("e"))  # APPENDS
-                | (one == ord("]"))  # EMPTY_LIST
-                | (three == ord("]")) & (two == ord("q"))  # EMPTY_LIST BINPUT
-                | (six == ord("]")) & (five == ord("r"))  # EMPTY_LIST LONG_BINPUT
-            ]
-        )
-        self.ends: dict[int, int] = {}
-        # Where there are more, they hold few integers each; and it bounds the work.
-        if len(starts) <= len(code) // 64:
-            ends = self._follow(starts, None)
-            full = (self.code[ends] == ord("e")) & (ends > starts)
-            self.ends = dict(zip(starts[full].tolist(), ends[full].tolist(), strict=True))
+        starts = self._starts(len(code) // 64)
+        ends = self._follow(starts, None)
+        full = (self.code[ends] == ord("e")) & (ends > starts)
+        self.ends = dict(zip(starts[full].tolist(), ends[full].tolist(), strict=True))
         self.taken: list[tuple[list[Any], int, int]] = []
+
+    def _starts(self, most: int) -> np.ndarray:
+        """Where runs may begin; nowhere, if there are more places: they hold few integers then."""
+        found = [np.zeros(0, np.int64)]
+        count = 0
+        for begin in range(0, len(self.code), _BLOCK):
+            mark = begin + np.flatnonzero(self.code[begin : begin + _BLOCK] == ord("("))
+            one, two, three, five, six = (self.code[mark - n] for n in (1, 2, 3, 5, 6))
+            found.append(
+                1
+                + mark[
+                    (one == ord("e"))  # APPENDS
+                    | (one == ord("]"))  # EMPTY_LIST
+                    | (three == ord("]")) & (two == ord("q"))  # EMPTY_LIST BINPUT
+                    | (six == ord("]")) & (five == ord("r"))  # EMPTY_LIST LONG_BINPUT
+                ]
+            )
+            count += len(found[-1])
+            if count > most:
+                return found[0]
+        return np.concatenate(found)
 
     def take(self, start: int, stack: list[Any]) -> int:
         """Appends the run that begins at a byte to the list on top of the stack; returns where the
@@ -766,7 +785,12 @@ class _Runs:
         """The ends of runs of at most 1,000 integers; their instructions are marked on the way."""
         ends = starts.copy()
         at, run = starts, np.arange(len(starts))
+        steps = 0
         for _ in range(_BATCH + 1):
+            # Runs that are batches share no byte. Where more is asked for, few are.
+            steps += len(at)
+            if steps > len(self.code):
+                return starts
             width = self._WIDTHS[self.code[at]]
             going = width > 0
             if not going.all():

@@ -393,6 +393,13 @@ def test_max_bytes(tmp_path):
         legacy.read(path, max_bytes=100)
 
 
+def test_a_file_named_to_load_may_be_no_larger(tmp_path, monkeypatch):
+    path = saved(tmp_path, {"w": sparse((3, 4))})
+    monkeypatch.setattr(legacy, "MAX_BYTES", 100)
+    with pytest.raises(SFTFileError, match="max_bytes = 100"):
+        SparseDelta.load(path)
+
+
 def test_fuzz(tmp_path):
     rng = random.Random(int(os.environ.get("SPARSE_FT_FUZZ_SEED", "1")))
     whole = torch_files.seeds(tmp_path)

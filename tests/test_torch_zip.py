@@ -268,6 +268,25 @@ def test_too_many_instructions(tmp_path, monkeypatch):
         load(tmp_path / "x.bin")
 
 
+def test_a_pickle_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_zip, "MAX_PICKLE", 100)
+    write(tmp_path / "x.bin", torch_files.archive([1] * 99))
+    with pytest.raises(SFTFileError, match=r"data.pkl: is \d+ bytes long; at most 100"):
+        load(tmp_path / "x.bin")
+
+
+# Nothing but places where a run could begin; and runs that begin inside one another.
+@pytest.mark.parametrize("pattern", [b"(", b"K\1" * 30 + b"J\1\1e("], ids=["marks", "runs"])
+def test_a_search_for_runs_costs_little(pattern):
+    code = b"\x80\x02]" + pattern * ((16 << 20) // len(pattern)) + b"."
+    tracemalloc.start()
+    try:
+        torch_zip._Runs(code)
+        assert tracemalloc.get_traced_memory()[1] < 6 * len(code)
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("pattern", [b"e(", b"Me(", b"e(K\1", b"]e(K\1K\1e"])
 def test_false_runs_cost_little(tmp_path, pattern):
     raw = torch_files.archive(b"\x80\x02]" + pattern * 200_000 + b".")

@@ -358,6 +358,7 @@ PICKLES: dict[str, tuple[Callable[[], "Zip | bytes"], tuple[str, ...]]] = {
         lambda: pickled(call(name("_codecs", "encode"), "a" * 17, "latin1")),
         ("at most 16",),
     ),
+    "long text": (lambda: pickled("a" * 65537), ("a text of 65,537 bytes; at most 65,536",)),
     "bytes beyond latin1": (
         lambda: pickled(call(name("_codecs", "encode"), "€", "latin1")),
         ("latin1",),
@@ -398,7 +399,7 @@ PICKLES: dict[str, tuple[Callable[[], "Zip | bytes"], tuple[str, ...]]] = {
     "mark left": (lambda: pickled(b"(K\1"), ("left over",)),
     "no value": (lambda: pickled(b""), ("lacks what it works on",)),
     "no end": (lambda: pickled({})[:-1], ("cut off",)),
-    "text cut off": (lambda: b"\x80\x02X\xff\xff\xff\x7fabc", ("cut off",)),
+    "text cut off": (lambda: b"\x80\x02X\xff\xff\0\0abc", ("cut off",)),
     "text that is none": (lambda: pickled(b"X\1\0\0\0\xff"), ("UTF-8",)),
     "long integer": (lambda: pickled(b"\x8a\xff" + bytes(255)), ("64 bits",)),
     "persistent id of text": (lambda: pickled(enc("storage") + b"Q"), ("storage must be named",)),
