@@ -32,8 +32,11 @@ from sparse_ft_kernels import check_support, hash_pieces
 
 from .delta import DTYPE_NAMES, SparseDelta
 from .metadata import (
+    BASE_FIELDS,
+    FILE_FIELDS,
     MAX_TENSORS,
     TEXT_FIELDS,
+    TRAINED_ON_FIELDS,
     SFTError,
     check_name,
     checked_meta,
@@ -384,6 +387,25 @@ def _tensor(read: _Read, entry: _Tensor) -> Tensor:
     return torch.from_numpy(integers).view(_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
+def _of_this_version(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that have fields of their own, without those that a later minor version added."""
+
+    def known(item: Any, fields: tuple[str, ...]) -> Any:
+        return {k: item[k] for k in fields if k in item} if isinstance(item, dict) else item
+
+    def each(items: Any, fields: tuple[str, ...]) -> Any:
+        return [known(item, fields) for item in items] if isinstance(items, list) else items
+
+    kept = {}
+    if "base" in meta:
+        kept["base"] = base = known(meta["base"], BASE_FIELDS)
+        if isinstance(base, dict) and "files" in base:
+            base["files"] = each(base["files"], FILE_FIELDS)
+    if "trained_on" in meta:
+        kept["trained_on"] = each(meta["trained_on"], TRAINED_ON_FIELDS)
+    return kept
+
+
 class _Reader:
     """One reading of one file. Rules are numbered as in docs/file-format.md."""
 
@@ -614,6 +636,8 @@ class _Reader:
 
     def _parameters(self, document: dict[str, Any]) -> tuple[Layout, list[str], dict[str, Any]]:
         meta = {key: document[key] for key in ("kind", "value_loss", *_OPTIONAL) if key in document}
+        if self.note:
+            meta |= _of_this_version(meta)
         params, dense = document["params"], document["dense"]
         for key, value in (("params", params), ("dense", dense)):
             if not isinstance(value, list) or len(value) > MAX_TENSORS:

@@ -12,6 +12,9 @@ from .tiles import Layout
 __all__ = ["META_FIELDS", "TEXT_FIELDS", "SFTError", "check_name", "check_text", "checked_meta"]
 
 TEXT_FIELDS = ("role", "lang", "task", "license")
+BASE_FIELDS = ("id", "revision", "arch", "files", "digest_f32", "digest_bf16")
+FILE_FIELDS = ("name", "sha256")
+TRAINED_ON_FIELDS = ("id", "alpha")
 _PER_TENSOR = ("aliases", "dtypes", "dense_roles")
 META_FIELDS = (
     *("kind", "base", "trained_on", *TEXT_FIELDS, "recipe", "value_loss"),
@@ -67,10 +70,12 @@ def checked_meta(meta: Mapping[str, Any], layout: Layout, heads: Iterable[str]) 
     if "trained_on" in plain:
         for i, item in enumerate(_list("trained_on", plain["trained_on"])):
             at = f"trained_on[{i}]"
-            _keys(at, item, ("id", "alpha"))
+            _keys(at, item, TRAINED_ON_FIELDS)
             _hex(f"{at}.id", item["id"], _HEX64, 64)
             if type(item["alpha"]) not in (int, float):
                 raise SFTError(f"{at}.alpha: must be a finite number, found {item['alpha']!r}")
+            # Numbers that are equal are written alike: 1 as 1.0, -0.0 as 0.0.
+            item["alpha"] = float(item["alpha"]) + 0.0
     _check_per_tensor(plain, layout, head_names)
     return plain
 
@@ -98,16 +103,15 @@ def _check_per_tensor(plain: dict[str, Any], layout: Layout, heads: set[str]) ->
 
 
 def _check_base_field(base: Any) -> None:
-    allowed = ("id", "revision", "arch", "files", "digest_f32", "digest_bf16")
     for key, value in _mapping("base", base).items():
-        if key not in allowed:
-            raise SFTError(f"base: there is no field {key!r}; there are {', '.join(allowed)}")
+        if key not in BASE_FIELDS:
+            raise SFTError(f"base: there is no field {key!r}; there are {', '.join(BASE_FIELDS)}")
         if key.startswith("digest"):
             _hex(f"base.{key}", value, _HEX16, 16)
         elif key != "files":
             check_text(f"base.{key}", value)
     for i, item in enumerate(_list("base.files", base.get("files", []))):
-        _keys(f"base.files[{i}]", item, ("name", "sha256"))
+        _keys(f"base.files[{i}]", item, FILE_FIELDS)
         check_text(f"base.files[{i}].name", item["name"])
         _hex(f"base.files[{i}].sha256", item["sha256"], _HEX64, 64)
 

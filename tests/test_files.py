@@ -342,7 +342,9 @@ def test_minor_versions_may_say_more(tmp_path):
     wanted = file.document["content_id"]
     file.document["version"] = [1, 7]
     file.document["novelty"] = {"x": [1]}
-    file.document["params"][0]["q"] = 3
+    for item in (*(file.document[key][0] for key in ("params", "dense", "trained_on")),):
+        item["q"] = 3
+    file.document["base"]["q"] = file.document["base"]["files"][0]["q"] = {"x": 1}
     path = tmp_path / "a.safetensors"
     path.write_bytes(file.build())
     assert load(path).content_id == wanted
@@ -350,6 +352,14 @@ def test_minor_versions_may_say_more(tmp_path):
     path.write_bytes(file.build())
     with pytest.raises(SFTFileError, match=r"nnz: .* format version 1.7, newer than the 1.0"):
         load(path)
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, 1.0), (0.0, -0.0), (2, 2.0)])
+def test_equal_deltas_have_equal_ids(tmp_path, a, b):
+    first, second = (make(trained_on=[{"id": "ab" * 32, "alpha": n}]) for n in (a, b))
+    assert first == second
+    assert first.content_id == second.content_id
+    assert load(first.save(tmp_path / "x.safetensors")) == second
 
 
 def test_ptr_is_64_bit_from_two_to_the_32_entries_on(tmp_path, monkeypatch):
@@ -848,12 +858,13 @@ def test_describe(tmp_path):
     assert said["trained on"] == "the base alone"
 
 
-def run_documented(which: int, delta: SparseDelta, folder: Path, monkeypatch) -> dict:
-    """The names that a Python block of the specification leaves, run on a file of the delta."""
+def run_documented(which: int, what, folder: Path, monkeypatch) -> dict:
+    """The names that a Python block of the specification leaves, run on a file of a delta."""
     text = (ROOT / "docs" / "file-format.md").read_text("utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 2
-    delta.save(folder / "swahili.safetensors")
+    path = folder / "swahili.safetensors"
+    what.save(path) if isinstance(what, SparseDelta) else path.write_bytes(what.build())
     monkeypatch.chdir(folder)
     names: dict = {}
     exec(compile(blocks[which], "file-format.md", "exec"), names)
@@ -867,6 +878,17 @@ def test_the_documented_reader_reads(tmp_path, monkeypatch):
     for name, (positions, values) in names["differences"].items():
         assert positions.tolist() == delta.indices(name).tolist()
         assert values.tolist() == delta.values(name).tolist()
+
+
+def test_the_documented_content_id_of_a_later_version(tmp_path, monkeypatch):
+    file = sft_files.valid()
+    wanted = file.document["content_id"]
+    file.document |= {"version": [1, 7], "novelty": {"x": [1]}}
+    for key in ("params", "dense", "trained_on"):
+        file.document[key][0]["q"] = 3
+    file.document["base"]["q"] = file.document["base"]["files"][0]["q"] = {"x": 1}
+    names = run_documented(1, file, tmp_path, monkeypatch)
+    assert names["state"].hexdigest() == wanted
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1])
