@@ -829,10 +829,21 @@ def _locate(path: str | os.PathLike[str]) -> str:
                 f"{given}: is a link to {os.readlink(given)!r}, which does not exist"
             )
         raise SFTFileError(
-            f"{given}: there is no such file. Give a .safetensors file, a folder that holds "
-            f"{FILE_NAME}, or to SparseDelta.load the id of a Hub repository, owner/name"
+            f"{given}: there is no such file{_beside(given)}. Give a .safetensors file, a folder "
+            f"that holds {FILE_NAME}, or to SparseDelta.load the id of a Hub repository, owner/name"
         )
     return given
+
+
+def _beside(path: str) -> str:
+    """What the folder of a file that is not there holds instead, if there is such a folder."""
+    folder = os.path.dirname(path)
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return ""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"; {folder} holds {', '.join(map(short, names[:5])) or 'nothing'}{more}"
 
 
 # --- saying what is in a file -------------------------------------------------------------------

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,8 @@ def located(source: str | os.PathLike[str], revision: str | None = None) -> str:
     """A source as a path of this machine: a repository of the Hub is fetched into the cache.
 
     Args:
-        source: A path, or, where there is no such path, the id of a repository, "owner/name".
+        source: A path, or, where there is no such path, the id of a repository, "owner/name";
+            where there is a folder "owner" here, only with a revision.
         revision: Branch, tag or commit of the repository.
 
     Returns:
@@ -50,6 +53,8 @@ def located(source: str | os.PathLike[str], revision: str | None = None) -> str:
         and len(source) <= 96
         and _REPOSITORY.fullmatch(source)
         and not source.endswith((".safetensors", ".bin"))
+        # In a folder that is here, a name that is not is a mistake, and nobody else's business.
+        and (revision is not None or not os.path.isdir(source.partition("/")[0]))
     ):
         return download(source, revision)
     return os.fsdecode(source)
@@ -73,22 +78,28 @@ def download(repo_id: str, revision: str | None = None) -> str:
     from huggingface_hub import errors
 
     where = f"{repo_id}@{revision}" if revision else repo_id
-    missing: list[str] = []
     for name in (FILE_NAME, LEGACY_NAME):
         try:
-            return str(
-                hub.hf_hub_download(
-                    repo_id,
-                    name,
-                    revision=revision,
-                    library_name="sparse_ft",
-                    library_version=__version__,
+            with _quiet():
+                return str(
+                    hub.hf_hub_download(
+                        repo_id,
+                        name,
+                        revision=revision,
+                        library_name="sparse_ft",
+                        library_version=__version__,
+                    )
                 )
-            )
         except errors.LocalEntryNotFoundError as error:
-            # Neither reachable nor cached: the other name may be in the cache.
-            missing.append(name)
-            cause: Exception = error
+            # Neither reached nor cached. To ask for the other name would be to wait once more.
+            cached = hub.try_to_load_from_cache(repo_id, LEGACY_NAME, revision=revision)
+            if isinstance(cached, str):
+                return cached
+            raise SFTFileError(
+                f"{where}: no such file or folder, and neither {FILE_NAME} nor {LEGACY_NAME} of "
+                "the Hub repository is in the local cache, while the Hub cannot be reached (or "
+                "HF_HUB_OFFLINE is set)"
+            ) from error
         except errors.GatedRepoError as error:
             raise SFTFileError(
                 f"{where}: access to this Hub repository must be granted first; ask for it on its "
@@ -105,18 +116,26 @@ def download(repo_id: str, revision: str | None = None) -> str:
             ) from error
         except errors.EntryNotFoundError:
             continue
-        except (errors.HFValidationError, OSError) as error:
+        except Exception as error:  # its own, and those of what it sends requests with
             raise SFTFileError(
                 f"{where}: cannot be fetched from the Hub: {_said(error)}"
             ) from error
-    if missing:
-        raise SFTFileError(
-            f"{where}: no such file or folder, and {' and '.join(missing)} of the Hub repository "
-            "is not in the local cache, while the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
-        ) from cause
     raise SFTFileError(
         f"{where}: the Hub repository holds neither {FILE_NAME} nor {LEGACY_NAME}, so it is no SFT"
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that huggingface_hub logs at each retry: what comes of it is said once."""
+    from huggingface_hub.utils import logging as log
+
+    before = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
 
 
 def push(

@@ -17,7 +17,7 @@ import yaml
 import sparse_ft as sf
 from sparse_ft.files import SFTFileError
 
-pytest.importorskip("huggingface_hub")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
@@ -193,7 +193,7 @@ def test_download_push_and_the_offline_cache(hub, tmp_path):
     )
     assert said["cached"] == [1.0, -2.0, 3.0]
     assert said["v1"] == [0.5, -2.0, 3.0]
-    assert "not in the local cache" in said["absent"]
+    assert "is in the local cache" in said["absent"]
 
 
 def test_a_path_has_no_revision(tmp_path):
@@ -207,6 +207,47 @@ def test_what_no_repository_can_be_called_is_a_path(source, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SFTFileError, match="no such file"):
         sf.SparseDelta.load(source)
+
+
+def test_a_name_in_a_folder_that_is_here_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    make().save(tmp_path / "runs" / "sw.safetensors")
+    fetched = []
+    monkeypatch.setattr(sf.hub, "download", lambda *given: fetched.append(given) or "x.safetensors")
+    with pytest.raises(SFTFileError, match=r"runs/ws: .* runs holds 'sw\.safetensors'"):
+        sf.SparseDelta.load("runs/ws")
+    assert not fetched
+    assert sf.hub.located("runs/ws", "main") == "x.safetensors"
+    assert sf.hub.located("owner/ws") == "x.safetensors"
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError, KeyError, EOFError])
+def test_whatever_a_download_raises_is_named(monkeypatch, error):
+    def broken(*_, **__):
+        raise error("the connection broke\nin the middle")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
+    with pytest.raises(SFTFileError, match=r"^owner/name@v1: cannot be fetched.*connection broke"):
+        sf.hub.download("owner/name", "v1")
+
+
+def test_an_unreachable_hub_is_asked_once(monkeypatch, tmp_path):
+    asked = []
+
+    def unreachable(repo, name, **_):
+        asked.append(name)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    with pytest.raises(SFTFileError, match=r"neither .* is in the local cache"):
+        sf.hub.download("owner/name")
+    assert asked == ["sft.safetensors"]
+    # The other name is looked for where it costs nothing.
+    cached = str(tmp_path / "pytorch_diff.bin")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: cached)
+    assert sf.hub.download("owner/name") == cached
 
 
 def test_without_huggingface_hub_the_error_says_what_to_install(monkeypatch):
