@@ -201,7 +201,7 @@ def model_card(delta: SparseDelta, repo_id: str = "FOLDER-OR-REPOSITORY") -> str
         "base_model_relation": "adapter" if base.get("id") else None,
     }
     # JSON is YAML, and quotes what a name may hold.
-    front = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value]
+    front = [f"{key}: {_json(value)}" for key, value in fields.items() if value]
     about = " ".join(meta[key] for key in ("lang", "task", "role") if meta.get(key))
     model = base.get("id") or "the base model"
     heads = ", heads=delta" if delta.heads and delta.kind == "diff" else ""
@@ -214,9 +214,7 @@ def model_card(delta: SparseDelta, repo_id: str = "FOLDER-OR-REPOSITORY") -> str
     largest = sorted(counts, key=lambda name: (-counts[name], name))[:5]
     rows = {
         "base model": " ".join(str(base[key]) for key in ("id", "revision", "arch") if key in base),
-        "trained with": ", ".join(
-            f"{item['alpha']:g} × {item['id'][:16]}…" for item in meta.get("trained_on", [])
-        ),
+        "trained with": _listing(meta.get("trained_on", [])),
         "entries": f"{delta.nnz:,} of {delta.layout.numel:,} ({delta.density:.3%})",
         "tensors": f"{len(counts):,} of {len(delta.layout):,} have entries; most: "
         + ", ".join(f"{name} ({counts[name]:,})" for name in largest),
@@ -226,8 +224,10 @@ def model_card(delta: SparseDelta, repo_id: str = "FOLDER-OR-REPOSITORY") -> str
         ),
         "values": str(delta.val.dtype).removeprefix("torch."),
         **{
-            f"recipe: {key}": value if isinstance(value, str) else json.dumps(value)
+            f"recipe: {key}": _listing(value)
             for key, value in meta.get("recipe", {}).items()
+            # What was not set says nothing.
+            if value is not None and (key, value) != ("eps", 0)
         },
         "content id": delta.content_id,
     }
@@ -247,6 +247,21 @@ def model_card(delta: SparseDelta, repo_id: str = "FOLDER-OR-REPOSITORY") -> str
             *("| | |", "| --- | --- |", *table, ""),
         ]
     )
+
+
+def _json(value: Any) -> str:
+    # Not ASCII: YAML knows no surrogate pairs.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _listing(value: Any) -> str:
+    """Text as it is, SFTs with their weights as a list, anything else as JSON."""
+    if isinstance(value, str):
+        return value
+    try:
+        return ", ".join(f"{item['alpha']:g} × {item['id'][:16]}…" for item in value)
+    except (TypeError, KeyError, ValueError):
+        return _json(value)
 
 
 def _cell(text: str) -> str:

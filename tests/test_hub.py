@@ -284,6 +284,27 @@ def test_model_card():
     assert "| recipe: l1 | 0.1 |" in card
 
 
+def test_model_card_beyond_the_first_plane():
+    name = "𐌰𐌱/漢字 🧊"
+    delta = make(base={"id": name}, recipe={"data": name, "parts": [name]})
+    assert front(delta.model_card())["base_model"] == name
+    assert f'| recipe: parts | \\["{name}"\\] |' in delta.model_card()
+
+
+def test_model_card_says_what_was_set():
+    sources = [{"id": "ab" * 32, "alpha": 0.5}, {"id": "cd" * 32, "alpha": -1.0}]
+    recipe = {"method": "ties", "eps": 0.0, "criterion": None, "seed": 0, "merged_from": sources}
+    card = make(recipe=recipe, trained_on=sources).model_card()
+    said = "0.5 × abababababababab…, -1 × cdcdcdcdcdcdcdcd…"
+    assert f"| recipe: merged\\_from | {said} |" in card
+    assert f"| trained with | {said} |" in card
+    assert "| recipe: seed | 0 |" in card
+    assert "eps" not in card
+    assert "criterion" not in card
+    for odd in ([1], [{"id": 3, "alpha": 1}], [{"alpha": "x", "id": "y"}], {"id": 1}, 1.5):
+        assert "recipe: merged" in make(recipe={"merged_from": odd}).model_card()
+
+
 def test_model_card_of_foreign_text_is_inert():
     hostile = "x: |[link](http://e)<script>`# ---"
     delta = make(license=hostile, task=hostile, base={"id": hostile}, recipe={"method": hostile})
