@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +14,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_ft_kernels import compose_, restore_, swap_
 
-from .delta import Binding, KeyMap, SFTError, SparseDelta
-from .families import named_parameters
+from .delta import Binding, KeyMap, SFTError, SparseDelta, check_apart
+from .families import named_parameters, unusable
 from .tiles import Layout, Support
 
 __all__ = ["Applied", "Composition", "active", "compose"]
@@ -24,7 +27,8 @@ __all__ = ["Applied", "Composition", "active", "compose"]
 # What one call of a kernel works on: the weights of one device and data type.
 Kind = tuple[torch.device, torch.dtype]
 
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, Applied] = weakref.WeakKeyDictionary()
+# Parameter → what it belongs to, while something is on it.
+_ACTIVE: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 # An entry of a log that nothing was written to yet: a NaN that no arithmetic gives.
 _UNWRITTEN = {
@@ -36,13 +40,72 @@ _UNWRITTEN = {
 
 def active(model: nn.Module) -> Applied | None:
     """What is on a model now, if anything is: on it, a part of it, or a module that wraps it."""
-    if (own := _ACTIVE.get(model)) is not None or not _ACTIVE:
-        return own
-    parameters = {id(p) for p in model.parameters()}
-    for other, applied in list(_ACTIVE.items()):
-        if any(id(p) in parameters for p in other.parameters()):
-            return applied
-    return None
+    if not _ACTIVE:
+        return None
+    carriers = (_ACTIVE.get(parameter) for parameter in model.parameters())
+    return next((carrier.on for carrier in carriers if carrier is not None), None)
+
+
+class Carrier:
+    """The parameters of a model, and what is on them.
+
+    They are held weakly: what is on a model neither keeps it alive nor ends with a module that
+    only wraps it.
+
+    Attributes:
+        kind: The class of the model, for messages.
+        on: What is on the parameters now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.kind = type(model).__name__
+        self.on: Applied | None = None
+        self._model = weakref.ref(model)
+        parameters = named_parameters(model)
+        self._refs = {name: weakref.ref(p) for name, p in parameters.items()}
+        self._places = {
+            name: (p.data_ptr(), p.shape) for name, p in parameters.items() if unusable(p) is None
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._refs
+
+    def carry(self, applied: Applied | None) -> None:
+        if (self.on is None) != (applied is None):
+            for ref in self._refs.values():
+                if (parameter := ref()) is not None and applied is None:
+                    _ACTIVE.pop(parameter, None)
+                elif parameter is not None:
+                    _ACTIVE[parameter] = self
+        self.on = applied
+
+    def moved(self) -> dict[str, Tensor]:
+        """The parameters that are at another address than at the beginning: those of a model that
+        was moved or cast.
+
+        Whoever asks holds the memory at the old addresses, so that nothing else can be there.
+        """
+        return {
+            name: parameter.detach()
+            for name, (address, shape) in self._places.items()
+            if (parameter := self._refs[name]()) is not None
+            and parameter.data_ptr() != address
+            and parameter.shape == shape
+        }
+
+    def lost(self) -> list[str]:
+        """Names whose parameters the model has replaced, or has in another shape; a model that is
+        gone has none."""
+        if (model := self._model()) is None:
+            return []
+        inside = {id(parameter) for parameter in model.parameters()}
+        return [
+            name
+            for name, (_, shape) in self._places.items()
+            if (parameter := self._refs[name]()) is None
+            or id(parameter) not in inside
+            or parameter.shape != shape
+        ]
 
 
 class Part(NamedTuple):
@@ -83,6 +146,7 @@ class Group:
 
     def prepare(self) -> None:
         integer, unwritten = _UNWRITTEN[self.weights[0].dtype]
+        self.logged = False
         self.undo = [
             torch.full((len(i),), unwritten, dtype=integer, device=i.device).view(
                 self.weights[0].dtype
@@ -92,17 +156,34 @@ class Group:
 
     def put_on(self, old: Group | None) -> None:
         new = (self.idx, self.ptr, self.val, self.alphas, self.undo)
+        _used(*self.idx, *self.ptr, *self.val, *self.undo)
         if old is not None and old.idx:
+            _used(*old.idx, *old.ptr, *old.undo)
             self.stats = swap_(self.weights, old.idx, old.ptr, old.undo, *new)
         elif self.idx:
             self.stats = compose_(self.weights, *new)
         self.logged = True
 
-    def take_off(self) -> None:
-        # A call writes its whole log before the first weight, so that a log with a gap says that
-        # no weight was written, wherever an interruption came.
-        if self.idx and (self.logged or all(_written(log) for log in self.undo)):
-            restore_(self.weights, self.idx, self.ptr, self.undo)
+    def take_off(self, moved: Mapping[str, Tensor]) -> None:
+        # A library's call runs to its end; torch's, which Ctrl-C can stop half way, writes the
+        # whole log first. So a log with a gap says that no weight was written.
+        if not self.idx or not (self.logged or all(_written(log) for log in self.undo)):
+            return
+        _used(*self.idx, *self.ptr, *self.undo)
+        restore_(self.weights, self.idx, self.ptr, self.undo)
+        for name in moved.keys() & set(self.layout.names):
+            whole = moved[name].contiguous()
+            for idx, ptr, undo in zip(self.idx, self.ptr, self.undo, strict=True):
+                support = Support(self.layout, idx, ptr, check=False)
+                log = undo[support.entries_of(name)]
+                at = support.indices(name).to(whole.device)
+                whole.view(-1)[at] = log.to(whole.device, whole.dtype)
+            moved[name].copy_(whole)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the weights that are written."""
+        return set(self.layout.names) if self.idx else set()
 
 
 def _written(log: Tensor) -> bool:
@@ -110,22 +191,48 @@ def _written(log: Tensor) -> bool:
     return not bool((log.view(integer) == unwritten).any())
 
 
+def _used(*arrays: Tensor) -> None:
+    """Keeps the memory of CUDA arrays from being used again before the current stream is done with
+    them."""
+    for array in arrays:
+        if array.is_cuda:
+            array.record_stream(torch.cuda.current_stream(array.device))
+
+
 @dataclass
 class Head:
-    """A parameter of the model that is overwritten whole."""
+    """A parameter of the model that is overwritten whole.
+
+    Attributes:
+        name: The model's name of it.
+        weight: Its memory.
+        value: What is written, in its data type and on its device.
+        before: What was there.
+    """
 
     name: str
-    parameter: Tensor
+    weight: Tensor
     value: Tensor
     before: Tensor | None = None
 
-    def put_on(self) -> None:
-        self.before = self.parameter.detach().clone()
-        self.parameter.copy_(self.value)
+    def prepare(self) -> None:
+        self.before = None
 
-    def take_off(self) -> None:
+    def put_on(self) -> None:
+        _used(self.value)
+        self.before = self.weight.clone()
+        self.weight.copy_(self.value)
+
+    def take_off(self, moved: Mapping[str, Tensor]) -> None:
         if self.before is not None:
-            self.parameter.copy_(self.before)
+            _used(self.before)
+            self.weight.copy_(self.before)
+            if self.name in moved:
+                moved[self.name].copy_(self.before)
+
+    @property
+    def names(self) -> set[str]:
+        return {self.name}
 
 
 Self = TypeVar("Self", bound="Applied")
@@ -143,7 +250,7 @@ class Applied:
 
     def __init__(
         self,
-        model: nn.Module,
+        carrier: Carrier,
         ids: Sequence[str],
         weights: Sequence[float],
         groups: list[Group],
@@ -151,54 +258,87 @@ class Applied:
     ) -> None:
         self.ids = tuple(ids)
         self.weights = tuple(weights)
-        self._model = weakref.ref(model)
+        self._carrier = carrier
         self._groups = groups
         self._heads = heads
+        # What is to be taken off, the last first: a head's log holds what the groups have written.
+        self._parts: list[Group | Head] = [*groups, *heads]
 
     @torch.no_grad()
-    def put_on(self, previous: Applied | None = None) -> None:
+    def _put_on(self, previous: Applied | None = None) -> None:
         """Writes the model, which carries nothing, or `previous` over groups of the same weights.
 
-        A failure leaves the base model, bit for bit.
+        A failure leaves the base model, bit for bit; where even that fails, this stays on it, with
+        its logs.
         """
-        model = self._model()
-        assert model is not None
-        for group in self._groups:
-            group.prepare()
+        if self.is_on:
+            raise RuntimeError(f"{self!r} is on this model already")
+        for part in self._parts:
+            part.prepare()
+        own = self._parts
         before: Sequence[Group | None] = [None] * len(self._groups)
         if previous is not None:
             before = previous._groups
+            self._parts = [*previous._parts, *own]
         try:
+            self._carrier.carry(self)
             if previous is not None:
                 for head in previous._heads:
-                    head.take_off()
-            _ACTIVE[model] = self
+                    head.take_off({})
             for group, old in zip(self._groups, before, strict=True):
                 group.put_on(old)
             for head in self._heads:
                 head.put_on()
-        except BaseException:
-            self._write_back()
-            if previous is not None:
-                previous._write_back()
-            _ACTIVE.pop(model, None)
+        except BaseException as error:
+            try:
+                self._write_back()
+            except BaseException as second:
+                raise RuntimeError(
+                    f"{type(self).__name__}: the weights could not be written, nor all of them "
+                    f"written back ({second}); the {self._carrier.kind} is not the base model any "
+                    "more: load it again"
+                ) from error
+            self._parts = own
+            self._carrier.carry(None)
             raise
+        self._parts = own
 
     def _write_back(self) -> None:
-        # In the reverse order: a head's log holds what the groups have written.
-        for head in reversed(self._heads):
-            head.take_off()
-        for group in reversed(self._groups):
-            group.take_off()
+        moved = self._carrier.moved()
+        failure: BaseException | None = None
+        for part in reversed(self._parts):
+            try:
+                part.take_off(moved)
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Writes every changed value back, bit for bit. A second call does nothing."""
-        model = self._model()
-        if model is None or not self.is_on:
+        """Writes every changed value back, bit for bit. A second call does nothing.
+
+        A model that was moved or cast since becomes what the base model is after the same move.
+
+        Raises:
+            SFTError: The model has replaced a parameter that this was on. It keeps what it has
+                there; all others are restored.
+            Exception: A parameter could not be written. All others are restored; this stays on the
+                model, and can be restored again.
+        """
+        if not self.is_on:
             return
+        written = set().union(*(part.names for part in self._parts))
+        lost = [name for name in self._carrier.lost() if name in written]
         self._write_back()
-        del _ACTIVE[model]
+        self._carrier.carry(None)
+        if lost:
+            raise SFTError(
+                f"the {self._carrier.kind} has replaced parameters while SFTs were on it: "
+                f"{', '.join(map(repr, lost[:3]))}{', …' if len(lost) > 3 else ''}. They keep what "
+                "they hold; all others are restored. Restore before load_state_dict(assign=True), "
+                "and before modules are replaced"
+            )
 
     @torch.no_grad()
     def pristine(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -213,12 +353,10 @@ class Applied:
         Raises:
             KeyError: A name is none of the model that this was put on.
         """
-        model = self._model()
-        known = dict(model.named_parameters()) if model is not None else {}
         for name in values:
-            if name not in known:
+            if name not in self._carrier:
                 raise KeyError(
-                    f"{type(self).__name__}.pristine: the {type(model).__name__} has no parameter "
+                    f"{type(self).__name__}.pristine: the {self._carrier.kind} has no parameter "
                     f"{name!r}; names are those of the module that this was put on"
                 )
         out = {name: value.detach().clone() for name, value in values.items()}
@@ -260,12 +398,12 @@ class Applied:
     @property
     def is_on(self) -> bool:
         """Whether the model still carries this."""
-        model = self._model()
-        return model is not None and _ACTIVE.get(model) is self
+        return self._carrier.on is self
 
     @property
     def changed(self) -> int:
-        """Distinct entries that a sum other than 0 was added to."""
+        """Distinct entries that a sum other than 0 was added to; with compat="sequential", counted
+        for each delta, since each is added on its own."""
         return sum(int(group.stats[0]) for group in self._groups if group.stats is not None)
 
     @property
@@ -288,7 +426,13 @@ class Applied:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.restore()
+        try:
+            self.restore()
+        except Exception as failure:
+            # What the block raised comes first.
+            if error is None:
+                raise
+            warnings.warn(str(failure), stacklevel=2)
 
     def __repr__(self) -> str:
         state = "on" if self.is_on else "taken off"
@@ -323,6 +467,15 @@ class Composition(Applied):
         if compat is None:
             order.sort(key=lambda j: (ids[j], weights[j]))
         names = {id(p): name for name, p in named_parameters(model).items()}
+        by_delta = {id(binding.delta): binding for binding in bindings}
+        whole = [by_delta[id(delta)] for delta in heads]
+        written = {id(p): p for binding in bindings for p in binding.tensors}
+        written |= {id(p): p for binding in whole for _, p in binding.heads}
+        check_apart([(names[i], p) for i, p in written.items()], "compose", "SFTs")
+        on_top = [head for binding in whole for head in heads_of(binding, names)]
+        one_of_each(
+            "compose", ((b.delta.content_id, names[id(p)]) for b in whole for _, p in b.heads)
+        )
         members: dict[Kind, list[tuple[int, dict[str, str]]]] = {}
         tensors: dict[Kind, dict[str, Tensor]] = {}
         for j in order:
@@ -342,9 +495,7 @@ class Composition(Applied):
                     groups.append(group)
             if compat is None:
                 groups.append(group)
-        by_delta = {id(binding.delta): binding for binding in bindings}
-        on_top = [head for delta in heads for head in heads_of(by_delta[id(delta)], names)]
-        super().__init__(model, ids, weights, groups, on_top)
+        super().__init__(Carrier(model), ids, weights, groups, on_top)
 
 
 def by_kind(
@@ -370,11 +521,47 @@ def heads_of(binding: Binding, names: Mapping[int, str]) -> list[Head]:
     return [
         Head(
             names[id(parameter)],
-            parameter,
-            binding.delta.heads[own].to(parameter.device, parameter.dtype),
+            parameter.detach(),
+            cast_head(own, binding.delta.heads[own], parameter.dtype).to(parameter.device),
         )
         for own, parameter in binding.heads
     ]
+
+
+def cast_head(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A head in the data type of the model's parameter.
+
+    Raises:
+        SFTError: A value is too large for it.
+    """
+    cast = value.to(dtype)
+    if cast.dtype != value.dtype and not torch.isfinite(cast).all():
+        raise SFTError(
+            f"SparseDelta: the head {name!r} holds values up to {value.abs().max().item():g}, too large for the "
+            f"model's {dtype}; load the model in float32 or bfloat16"
+        )
+    return cast
+
+
+def one_of_each(what: str, heads: Iterable[tuple[str, str]]) -> None:
+    """Refuses two deltas for one head.
+
+    Args:
+        what: Begins the message.
+        heads: Pairs of a delta's content id and the model's name of a head.
+    """
+    owner: dict[str, str] = {}
+    for content_id, name in heads:
+        if owner.setdefault(name, content_id) != content_id:
+            raise ValueError(
+                f"{what}: two deltas of heads bring the head {name!r}; name one of them"
+            )
+
+
+def check_alpha(what: str, alpha: float) -> None:
+    """Refuses a weight that is no finite fp32 number."""
+    if not abs(alpha) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{what} must be a finite fp32 number, got {alpha}")
 
 
 def placed(
@@ -449,30 +636,30 @@ def compose(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compose: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(deltas, (str, os.PathLike)):
+        raise TypeError(
+            f"compose: deltas must be SparseDeltas, got {deltas!r}; pass SparseDelta.load of it"
+        )
     chosen = [deltas] if isinstance(deltas, SparseDelta) else list(deltas)
     for j, delta in enumerate(chosen):
         if not isinstance(delta, SparseDelta):
             raise TypeError(
-                f"compose: deltas[{j}] must be a SparseDelta, got {type(delta).__name__}"
+                f"compose: deltas[{j}] must be a SparseDelta, got {type(delta).__name__}; "
+                "SparseDelta.load reads a file"
             )
+    if weights is not None and not isinstance(weights, Iterable):
+        raise TypeError(
+            f"compose: weights must be a list of one number for each delta, got {weights!r}"
+        )
     alphas = [1.0] * len(chosen) if weights is None else [float(w) for w in weights]
     if len(alphas) != len(chosen):
         raise ValueError(f"compose: {len(alphas)} weights for {len(chosen)} deltas")
     for j, alpha in enumerate(alphas):
-        if not abs(alpha) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"compose: weights[{j}] must be a finite fp32 number, got {alpha}")
+        check_alpha(f"compose: weights[{j}]", alpha)
     with_heads = [heads] if isinstance(heads, SparseDelta) else list(heads)
     for delta in with_heads:
         if not any(delta is d for d in chosen):
             raise ValueError("compose: heads names a delta that is not among the deltas")
-    seen: dict[str, int] = {}
-    for delta in with_heads:
-        for name in delta.heads:
-            if name in seen:
-                raise ValueError(
-                    f"compose: two deltas of heads bring the head {name!r}; name one of them"
-                )
-            seen[name] = 1
     if compat not in (None, "sequential"):
         raise ValueError(f'compose: compat must be None or "sequential", got {compat!r}')
     if (other := active(model)) is not None:
@@ -490,5 +677,5 @@ def compose(
         for delta in chosen
     ]
     composition = Composition(model, bindings, alphas, with_heads, compat)
-    composition.put_on()
+    composition._put_on()
     return composition

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparse_ft_kernels import digest as digest_op
 from sparse_ft_kernels.contract import describe_unusable
 
+from .families import unusable
 from .metadata import SFTError, checked_meta
 from .tiles import TILE, Layout, Support
 
@@ -516,7 +517,7 @@ class SparseDelta:
                 missing.append(name)
             else:
                 tensors[name] = _find(model, parameters, known_as, shape, "parameter")
-        _check_apart(list(tensors.items()))
+        check_apart(list(tensors.items()))
         binding = Binding(self, list(tensors), list(tensors.values()), model, rename)
         if not allow_base_mismatch:
             binding.check_base()
@@ -616,7 +617,7 @@ class Binding:
             (name, _find(self.model, parameters, [self.rename(name)], tuple(head.shape), "head"))
             for name, head in self.delta.heads.items()
         ]
-        _check_apart([*zip(self.names, self.tensors, strict=True), *found])
+        check_apart([*zip(self.names, self.tensors, strict=True), *found])
         return found
 
     @property
@@ -719,11 +720,12 @@ def _find(
             raise SFTError(f"SparseDelta.bind: {name!r} is a buffer of this model, not a parameter")
         near = difflib.get_close_matches(name, parameters, 1, 0.75)
         like = f"; the nearest name is {near[0]!r}" if near else ""
+        leave = ', or unused="ignore" to leave it out' if what == "parameter" else ""
         also = f" (nor under {', '.join(map(repr, aliases))})" if aliases else ""
         raise SFTError(
             f"SparseDelta.bind: the {type(model).__name__} has no parameter {name!r}{also}, which "
             f"the SFT has as a {what} of shape {shape}{like}. Load the SFT's own base model, or "
-            "pass a key_map from the SFT's names to the model's"
+            f"pass a key_map from the SFT's names to the model's{leave}"
         )
     parameter = parameters[known[0]]
     if len({id(parameters[n]) for n in known}) > 1:
@@ -742,6 +744,11 @@ def _find(
         )
     if reason := describe_unusable(parameter):
         raise SFTError(f"SparseDelta.bind: parameter {known[0]!r} {reason}")
+    if parameter.is_inference():
+        raise SFTError(
+            f"SparseDelta.bind: parameter {known[0]!r} was made under torch.inference_mode(), and "
+            "could not be written back outside of it; load the model under torch.no_grad() instead"
+        )
     if tuple(parameter.shape) != shape:
         raise SFTError(
             f"SparseDelta.bind: parameter {known[0]!r} has shape {tuple(parameter.shape)} in the "
@@ -750,20 +757,28 @@ def _find(
     return parameter
 
 
-def _check_apart(tensors: list[tuple[str, Tensor]]) -> None:
-    """Refuses two names for one piece of memory: it would be written twice."""
+def overlapping(tensors: list[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """Two names for one piece of memory, if there are any."""
     spans = sorted(
         (str(t.device), t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name)
         for name, t in tensors
-        if t.numel()
+        if unusable(t) is None and t.numel()
     )
     for (device, _, end, name), (device2, start2, _, name2) in pairwise(spans):
         if device == device2 and start2 < end:
-            raise SFTError(
-                f"SparseDelta.bind: {name!r} and {name2!r} are one tensor in this model (tied), "
-                "but two in the SFT; untie them in the model, or make the SFT from a model that "
-                "ties them"
-            )
+            return name, name2
+    return None
+
+
+def check_apart(
+    tensors: list[tuple[str, Tensor]], what: str = "SparseDelta.bind", of: str = "SFT"
+) -> None:
+    """Refuses two names for one piece of memory: it would be written twice."""
+    if pair := overlapping(tensors):
+        raise SFTError(
+            f"{what}: {pair[0]!r} and {pair[1]!r} are one tensor in this model (tied), but two in "
+            f"the {of}; untie them in the model, or make the {of} from a model that ties them"
+        )
 
 
 # --- digests ------------------------------------------------------------------------------------

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import threading
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .compose import Applied, Group, Head, Kind, Part, active, by_kind, placed
-from .delta import Binding, KeyMap, SFTError, SparseDelta
+from .compose import (
+    Applied,
+    Carrier,
+    Group,
+    Head,
+    Kind,
+    Part,
+    active,
+    by_kind,
+    cast_head,
+    check_alpha,
+    one_of_each,
+    placed,
+)
+from .delta import Binding, KeyMap, SFTError, SparseDelta, check_apart, overlapping
 from .families import named_parameters, unusable
 from .hub import located
 from .tiles import Layout
@@ -32,7 +49,7 @@ class _Placed:
 
     Attributes:
         parts: Its entries per kind of weights.
-        heads: The model's name of each head → its value.
+        heads: The model's name of each head → its value, in the data type of the model.
         uploaded: Per device, the end of the copies to it.
     """
 
@@ -42,8 +59,10 @@ class _Placed:
 
     @property
     def nbytes(self) -> int:
-        arrays = [array for part in self.parts.values() for array in part]
-        return sum(a.numel() * a.element_size() for a in (*arrays, *self.heads.values()))
+        """Bytes in the memory of its tier: what a device's tier shares with the host is the
+        host's."""
+        arrays = [*(a for part in self.parts.values() for a in part), *self.heads.values()]
+        return sum(a.numel() * a.element_size() for a in arrays if a.is_cuda or not self.uploaded)
 
 
 @dataclass(eq=False)
@@ -55,6 +74,8 @@ class _Entry:
         names: Per kind of weights, the delta's names of tensors → the model's.
         heads: The same for its heads; none where the model has no place for them.
         headless: Why it has none.
+        asked: The key_map and the `unused` that it was added with.
+        verified: Its digest was that of the base.
         loading: Held while the file is read or the delta uploaded, so that it happens once.
     """
 
@@ -63,6 +84,8 @@ class _Entry:
     names: Mapping[Kind, Mapping[str, str]]
     heads: Mapping[str, str]
     headless: str
+    asked: tuple[KeyMap | None, str]
+    verified: bool = False
     loading: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -101,6 +124,28 @@ class _Tier:
     def __str__(self) -> str:
         of = "" if self.budget is None else f" of {_size(self.budget)}"
         return f"{len(self)} ({_size(self.nbytes)}{of})"
+
+
+class _Turn:
+    """A reentrant lock that any thread may release: a generator can be closed in another thread
+    than the one that began it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: threading.Thread | None = None
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        if self._owner is not threading.current_thread():
+            self._lock.acquire()
+            self._owner = threading.current_thread()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            self._lock.release()
 
 
 class DeltaRegistry:
@@ -161,7 +206,8 @@ class DeltaRegistry:
         self._model = model
         self._parameters = parameters
         self._names = {id(p): name for name, p in parameters.items()}
-        self._addresses = [p.data_ptr() for p in parameters.values()]
+        self._carrier = Carrier(model)
+        self._shares_memory = bool(overlapping(list(parameters.items())))
         self._sites = {
             kind: (layout := Layout.of(tensors), [tensors[name] for name in layout.names])
             for kind, tensors in kinds.items()
@@ -171,11 +217,13 @@ class DeltaRegistry:
         self._entries: dict[str, _Entry] = {}
         self._by_content: dict[str, _Entry] = {}
         self._by_path: dict[str, _Entry] = {}
-        self._turn = threading.RLock()
+        self._turn = _Turn()
         self._lock = threading.RLock()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._loader: ThreadPoolExecutor | None = None
         self._on: _Active | None = None
+        # What the blocks that are open will bring back.
+        self._beneath: list[_Active] = []
 
     # --- what is in it --------------------------------------------------------------------------
 
@@ -201,16 +249,26 @@ class DeltaRegistry:
             The id.
 
         Raises:
-            SFTError: The delta or its file is malformed, or does not fit the model.
-            ValueError: The id means another delta.
+            SFTError: The delta or its file is malformed, or does not fit the model; or the model
+                was moved.
+            ValueError: The id means another delta, or the delta is known under another key_map.
+            TypeError: The id is no string.
         """
+        if id is not None and not isinstance(id, str):
+            raise TypeError(f"DeltaRegistry.add: an id must be a string, got {id!r}")
+        asked = (dict(key_map) if isinstance(key_map, Mapping) else key_map, unused)
         path = None
         if isinstance(source, SparseDelta):
             delta = source
         else:
             path = os.path.realpath(located(source))
             with self._lock:
-                if (known := self._by_path.get(path)) is not None:
+                known = self._by_path.get(path)
+                if (
+                    known is not None
+                    and known.asked == asked
+                    and (known.verified or allow_base_mismatch)
+                ):
                     return self._call(known, id)
             delta = SparseDelta.load(path)
         if delta.kind != "diff":
@@ -218,25 +276,22 @@ class DeltaRegistry:
                 f"DeltaRegistry.add: a delta of kind {delta.kind!r} replaces values and cannot be "
                 "added"
             )
+        self._check_model()
         binding = delta.bind(self._model, key_map=key_map, unused=unused, allow_base_mismatch=True)
-        entry = self._bound(binding, path)
+        entry = self._bound(binding, path, asked)
         with self._lock:
-            if (known := self._by_content.get(entry.content_id)) is not None:
-                if known.names != entry.names:
-                    raise ValueError(
-                        f"DeltaRegistry.add: the delta {_short(entry.content_id)} is registered "
-                        "under another key_map; remove it first"
-                    )
-                return self._call(known, id, path)
-            if not allow_base_mismatch:
+            known = self._known(entry)
+            if not allow_base_mismatch and not known.verified:
                 binding.check_base(self._pristine_at if self._now is not None else None)
+                known.verified = True
+            if known is not entry:
+                return self._call(known, id, path)
         value = self._place(entry, delta)
         with self._lock:
-            known = self._by_content.get(entry.content_id, entry)
+            known = self._known(entry)
             id = self._call(known, id, path)
             self._by_content[entry.content_id] = known
-            self._host.put(entry.content_id, value)
-            self._trim()
+            self._keep(self._host, known, value)
             return id
 
     def remove(self, id: str) -> None:
@@ -244,7 +299,7 @@ class DeltaRegistry:
 
         Raises:
             KeyError: There is no such id.
-            RuntimeError: The delta is on the model.
+            RuntimeError: The delta is on the model, or an open block will bring it back.
         """
         with self._turn, self._lock:
             entry = self._entry(id)
@@ -253,6 +308,11 @@ class DeltaRegistry:
                 raise RuntimeError(
                     f"DeltaRegistry.remove: {id!r} is on the model; activate another set, or "
                     "deactivate, first"
+                )
+            if last and any(entry.content_id in beneath.ids for beneath in self._beneath):
+                raise RuntimeError(
+                    f"DeltaRegistry.remove: {id!r} comes back when an open block of active() or "
+                    "grouped() is left; leave it first"
                 )
             del self._entries[id]
             if last:
@@ -304,7 +364,8 @@ class DeltaRegistry:
 
         Raises:
             KeyError: There is no such id.
-            SFTError: A delta cannot be loaded again, or the model was moved.
+            SFTError: A delta cannot be loaded again, or the model was moved or has replaced a
+                parameter.
             RuntimeError: Something else is on the model, or the writes failed.
         """
         with self._turn:
@@ -312,13 +373,14 @@ class DeltaRegistry:
             return self._activate(chosen, whole)
 
     def deactivate(self) -> None:
-        """Writes the base model back, bit for bit."""
-        with self._turn, self._lock:
-            if (now := self._now) is not None:
-                self._check_model()
-                now.restore()
-            self._on = None
-            self._trim()
+        """Writes the base model back, bit for bit; of a model that was moved or cast, what the base
+        model is after the same move.
+
+        Raises:
+            SFTError: As `Composition.restore`, where the model has replaced a parameter.
+        """
+        with self._turn:
+            self._deactivate()
 
     @contextmanager
     def active(self, deltas: Chosen, heads: str | Iterable[str] = ()) -> Iterator[Applied]:
@@ -328,13 +390,13 @@ class DeltaRegistry:
         Args:
             deltas: As in `activate`.
             heads: As in `activate`.
+
+        Raises:
+            SFTError: What was on the model cannot come back; it is the base model then. An
+                exception of the block comes first, with a warning.
         """
-        with self._turn:
-            before = self._now
-            try:
-                yield self.activate(deltas, heads)
-            finally:
-                self._return_to(before)
+        with self._block():
+            yield self.activate(deltas, heads)
 
     def grouped(
         self, batch_ids: Iterable[Chosen | None], heads: str | Iterable[str] = ()
@@ -356,8 +418,7 @@ class DeltaRegistry:
         """
         whole = [heads] if isinstance(heads, str) else list(heads)
         groups: dict[tuple[Any, ...], tuple[Chosen | None, list[int]]] = {}
-        with self._turn:
-            before = self._now
+        with self._block() as before:
             sets: dict[tuple[Any, ...], tuple[list[tuple[str, float]], list[str]]] = {}
             for position, item in enumerate(batch_ids):
                 chosen = [] if item is None else _pairs(item)
@@ -366,13 +427,10 @@ class DeltaRegistry:
                 sets.setdefault(key, (chosen, with_heads))
                 groups.setdefault(key, (item, []))[1].append(position)
             first = before.key if before is not None else ((), ())
-            try:
-                for key in sorted(groups, key=lambda key: key != first):
-                    self._activate(*sets[key])
-                    item, positions = groups[key]
-                    yield item, torch.tensor(positions)
-            finally:
-                self._return_to(before)
+            for key in sorted(groups, key=lambda key: key != first):
+                self._activate(*sets[key])
+                item, positions = groups[key]
+                yield item, torch.tensor(positions)
 
     def prefetch(self, ids: str | Iterable[str]) -> list[Future[None]]:
         """Brings deltas into the memory of the model's device, in the background.
@@ -404,9 +462,22 @@ class DeltaRegistry:
         try:
             return self._entries[id]
         except KeyError:
+            near = difflib.get_close_matches(str(id), self._entries, 1)
+            like = f"; the nearest is {near[0]!r}" if near else ""
             raise KeyError(
-                f"DeltaRegistry: no delta {id!r} among the {len(self._entries)} ids; add it first"
+                f"DeltaRegistry: no delta {id!r} among the {len(self._entries)} ids{like}; add it "
+                "first"
             ) from None
+
+    def _known(self, entry: _Entry) -> _Entry:
+        """What the content of an entry is known as: that entry, where it is new."""
+        known = self._by_content.get(entry.content_id, entry)
+        if (known.names, known.heads) != (entry.names, entry.heads):
+            raise ValueError(
+                f"DeltaRegistry.add: the delta {_short(entry.content_id)} is registered under "
+                "another key_map; remove it first"
+            )
+        return known
 
     def _call(self, entry: _Entry, id: str | None, path: str | None = None) -> str:
         id = entry.content_id if id is None else id
@@ -420,7 +491,11 @@ class DeltaRegistry:
             entry.path = entry.path or path
         return id
 
-    def _bound(self, binding: Binding, path: str | None) -> _Entry:
+    def _bound(
+        self, binding: Binding, path: str | None, asked: tuple[KeyMap | None, str]
+    ) -> _Entry:
+        for own, parameter in zip(binding.names, binding.tensors, strict=True):
+            self._name_of(own, parameter)
         names = {
             kind: {own: name for own, (name, _) in tensors.items()}
             for kind, tensors in by_kind(binding, self._names).items()
@@ -428,10 +503,20 @@ class DeltaRegistry:
         heads: dict[str, str] = {}
         headless = ""
         try:
-            heads = {own: self._names[id(parameter)] for own, parameter in binding.heads}
+            for own, parameter in binding.heads:
+                cast_head(own, binding.delta.heads[own], parameter.dtype)
+            heads = {own: self._name_of(own, parameter) for own, parameter in binding.heads}
         except SFTError as error:
             headless = str(error)
-        return _Entry(binding.delta.content_id, path, names, heads, headless)
+        return _Entry(binding.delta.content_id, path, names, heads, headless, asked)
+
+    def _name_of(self, own: str, parameter: Tensor) -> str:
+        if id(parameter) not in self._names:
+            raise SFTError(
+                f"DeltaRegistry.add: the model's parameter for {own!r} is newer than the registry; "
+                "make another registry"
+            )
+        return self._names[id(parameter)]
 
     def _pristine_at(self, parameter: Tensor, positions: Tensor) -> Tensor:
         """Values of the base model, while something is on the model."""
@@ -445,7 +530,18 @@ class DeltaRegistry:
         for kind, names in entry.names.items():
             part = placed(delta, names, self._sites[kind][0], torch.device("cpu"))
             parts[kind] = Part(*map(_pinned, part)) if kind[0].type == "cuda" else part
-        return _Placed(parts, {name: delta.heads[own] for own, name in entry.heads.items()})
+        heads = {}
+        for own, name in entry.heads.items():
+            parameter = self._parameters[name]
+            value = cast_head(own, delta.heads[own], parameter.dtype)
+            heads[name] = _pinned(value) if parameter.is_cuda else value
+        return _Placed(parts, heads)
+
+    def _keep(self, tier: _Tier, entry: _Entry, value: _Placed) -> None:
+        # A delta that was removed meanwhile, and maybe added under another key_map, is another.
+        if self._by_content.get(entry.content_id) is entry:
+            tier.put(entry.content_id, value)
+            self._trim()
 
     def _in_host(self, entry: _Entry) -> _Placed:
         """The delta in host memory, read from its file where it is not there."""
@@ -466,9 +562,7 @@ class DeltaRegistry:
                     )
                 value = self._place(entry, delta)
                 with self._lock:
-                    if entry.content_id in self._by_content:
-                        self._host.put(entry.content_id, value)
-                        self._trim()
+                    self._keep(self._host, entry, value)
             return value
 
     def _near(self, entry: _Entry) -> _Placed:
@@ -481,53 +575,92 @@ class DeltaRegistry:
             if value is None:
                 value = self._upload(self._in_host(entry))
                 with self._lock:
-                    if entry.content_id in self._by_content:
-                        self._device.put(entry.content_id, value)
-                        self._trim()
+                    self._keep(self._device, entry, value)
             return value
 
     def _upload(self, host: _Placed) -> _Placed:
-        parts, uploaded = dict(host.parts), {}
+        parts, heads, uploaded = dict(host.parts), dict(host.heads), {}
         for device in self._cuda:
             stream = self._streams.setdefault(device, torch.cuda.Stream(device))
             with torch.cuda.stream(stream):
                 for kind, part in host.parts.items():
                     if kind[0] == device:
                         parts[kind] = Part(*(a.to(device, non_blocking=True) for a in part))
+                for name, value in host.heads.items():
+                    if self._parameters[name].device == device:
+                        heads[name] = value.to(device, non_blocking=True)
                 uploaded[device] = stream.record_event()
-        return _Placed(parts, {}, uploaded)
+        return _Placed(parts, heads, uploaded)
 
     def _fetch(self, entry: _Entry) -> None:
         self._near(entry)
 
     def _trim(self) -> None:
-        stay = set(self._now.ids) if self._now is not None else set()
+        sets = self._beneath if self._now is None else [self._now, *self._beneath]
+        stay = {content_id for applied in sets for content_id in applied.ids}
         self._device.trim(stay)
         if self._cuda:
             stay = set()
         self._host.trim(stay | {c for c, e in self._by_content.items() if e.path is None})
 
     def _check_model(self) -> None:
-        for (name, parameter), address in zip(
-            self._parameters.items(), self._addresses, strict=True
-        ):
-            if parameter.data_ptr() != address:
-                raise SFTError(
-                    f"DeltaRegistry: the parameter {name!r} is at another address than when the "
-                    "registry was made; bring the model to its device and data type first, and "
-                    "make the registry then"
-                )
+        lost, moved = self._carrier.lost(), self._carrier.moved()
+        for name in (*lost, *moved):
+            what = "is another one" if name in lost else "is at another address"
+            raise SFTError(
+                f"DeltaRegistry: the parameter {name!r} {what} than when the registry was made; "
+                "deactivate, bring the model to its final state, device and data type, and make "
+                "another registry then"
+            )
 
     def _key(self, chosen: Sequence[tuple[str, float]], heads: Sequence[str]) -> tuple[Any, ...]:
         """Equal for sets that give the same bits."""
         terms = sorted((self._entry(i).content_id, alpha) for i, alpha in chosen if alpha)
         return tuple(terms), tuple(sorted({self._entry(i).content_id for i in heads}))
 
-    def _return_to(self, before: _Active | None) -> None:
-        if before is None:
-            self.deactivate()
-        else:
-            self._activate(before.chosen, before.whole)
+    @contextmanager
+    def _block(self) -> Iterator[_Active | None]:
+        """Holds the turn, and brings back in the end what was on the model at first."""
+        with self._turn:
+            before = self._now
+            if before is not None:
+                self._beneath.append(before)
+            error: BaseException | None = None
+            try:
+                yield before
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                self._return_to(before, error)
+
+    def _return_to(self, before: _Active | None, error: BaseException | None) -> None:
+        if before is not None:
+            self._beneath.remove(before)
+        try:
+            try:
+                if before is None:
+                    self._deactivate()
+                elif not before.is_on:
+                    # Its arrays and heads are still there, whatever became of ids and files.
+                    self._put_on(before)
+            except Exception:
+                self._deactivate()
+                raise
+        except Exception as failure:
+            if error is None or isinstance(error, GeneratorExit):
+                raise
+            # What the block raised comes first.
+            warnings.warn(str(failure), stacklevel=4)
+
+    def _deactivate(self) -> None:
+        with self._lock:
+            try:
+                if self._now is not None:
+                    Applied.restore(self._now)
+            finally:
+                self._on = self._now
+                self._trim()
 
     def _activate(self, chosen: Sequence[tuple[str, float]], heads: Sequence[str]) -> _Active:
         terms = [(self._entry(i), alpha) for i, alpha in chosen]
@@ -535,44 +668,58 @@ class DeltaRegistry:
         self._check(chosen, heads, terms, with_heads)
         key = self._key(chosen, heads)
         if not terms:
-            self.deactivate()
-            return _Active(self._model, (), (), (), key, [], [])
+            self._deactivate()
+            return _Active(self, (), (), key, [], [])
         now = self._now
         if now is not None and now.key == key:
-            return now
-        if now is None and (other := active(self._model)) is not None:
-            raise RuntimeError(
-                f"DeltaRegistry: {other!r} is on this model and not of this registry; restore it "
-                "first"
-            )
-        values = {entry: self._near(entry) for entry, alpha in terms if alpha}
-        whole = [head for entry in with_heads for head in self._heads(entry)]
-        with self._lock:
             self._check_model()
-            groups = [Group(layout, weights) for layout, weights in self._sites.values()]
-            # Canonical order: the same bits whatever the order of the list.
-            for entry, alpha in sorted(terms, key=lambda term: (term[0].content_id, term[1])):
-                if alpha:
-                    _wait_for(values[entry])
-                    for kind, group in zip(self._sites, groups, strict=True):
-                        if kind in values[entry].parts:
-                            group.add(values[entry].parts[kind], alpha)
-            new = _Active(self._model, chosen, heads, terms, key, groups, whole)
+            return now
+        needed = [*(entry for entry, alpha in terms if alpha), *with_heads]
+        values = {entry: self._near(entry) for entry in dict.fromkeys(needed)}
+        for value in values.values():
+            _wait_for(value)
+        groups = [Group(layout, weights) for layout, weights in self._sites.values()]
+        # Canonical order: the same bits whatever the order of the list.
+        for entry, alpha in sorted(terms, key=lambda term: (term[0].content_id, term[1])):
+            if alpha:
+                for kind, group in zip(self._sites, groups, strict=True):
+                    if kind in values[entry].parts:
+                        group.add(values[entry].parts[kind], alpha)
+        whole = [
+            Head(name, self._parameters[name].detach(), value)
+            for entry in dict.fromkeys(with_heads)
+            for name, value in values[entry].heads.items()
+        ]
+        new = _Active(self, chosen, terms, key, groups, whole)
+        self._put_on(new)
+        with self._lock:
+            # One of many may have been evicted while the others were loaded.
+            for entry, value in values.items():
+                self._keep(self._device if self._cuda else self._host, entry, value)
+        return new
+
+    def _put_on(self, new: _Active) -> None:
+        with self._lock:
+            now = self._now
+            if now is None and (other := active(self._model)) is not None:
+                raise RuntimeError(
+                    f"DeltaRegistry: {other!r} is on this model and not of this registry; restore "
+                    "it first"
+                )
+            self._check_model()
             try:
-                new.put_on(now)
+                new._put_on(now)
             except Exception as error:
-                if now is None or now.is_on:
+                if now is None or active(self._model) is not None:
                     raise
                 raise RuntimeError(
                     "DeltaRegistry: the weights could not be written; the model is the base model "
                     "again, bit for bit"
                 ) from error
-            self._on = new
-            # One of many may have been evicted while the others were loaded.
-            for entry, value in values.items():
-                (self._device if self._cuda else self._host).put(entry.content_id, value)
-            self._trim()
-            return new
+            finally:
+                if new.is_on:
+                    self._on = new
+                self._trim()
 
     def _check(
         self,
@@ -582,11 +729,7 @@ class DeltaRegistry:
         with_heads: Sequence[_Entry],
     ) -> None:
         for id, alpha in chosen:
-            if not abs(alpha) <= torch.finfo(torch.float32).max:
-                raise ValueError(
-                    f"DeltaRegistry: the weight of {id!r} must be a finite fp32 number, got {alpha}"
-                )
-        owner: dict[str, str] = {}
+            check_alpha(f"DeltaRegistry: the weight of {id!r}", alpha)
         for id, entry in zip(heads, with_heads, strict=True):
             if not any(entry is other for other, _ in terms):
                 raise ValueError(
@@ -594,18 +737,13 @@ class DeltaRegistry:
                 )
             if entry.headless:
                 raise SFTError(entry.headless)
-            for name in entry.heads.values():
-                if owner.setdefault(name, entry.content_id) != entry.content_id:
-                    raise ValueError(
-                        f"DeltaRegistry: two deltas of heads bring the head {name!r}; name one"
-                    )
-
-    def _heads(self, entry: _Entry) -> list[Head]:
-        heads = []
-        for name, value in self._in_host(entry).heads.items():
-            parameter = self._parameters[name]
-            heads.append(Head(name, parameter, value.to(parameter.device, parameter.dtype)))
-        return heads
+        one_of_each(
+            "DeltaRegistry", ((e.content_id, n) for e in with_heads for n in e.heads.values())
+        )
+        if self._shares_memory:
+            names = {n for e, _ in terms for own in e.names.values() for n in own.values()}
+            names.update(n for e in with_heads for n in e.heads.values())
+            check_apart([(n, self._parameters[n]) for n in names], "DeltaRegistry", "SFTs")
 
 
 class _Active(Applied):
@@ -613,37 +751,56 @@ class _Active(Applied):
 
     def __init__(
         self,
-        model: nn.Module,
+        registry: DeltaRegistry,
         chosen: Sequence[tuple[str, float]],
-        heads: Sequence[str],
         terms: Sequence[tuple[_Entry, float]],
         key: tuple[Any, ...],
         groups: list[Group],
         on_top: list[Head],
     ) -> None:
         ids = [entry.content_id for entry, _ in terms]
-        super().__init__(model, ids, [alpha for _, alpha in terms], groups, on_top)
+        super().__init__(registry._carrier, ids, [alpha for _, alpha in terms], groups, on_top)
         self.chosen = chosen
-        self.whole = heads
         self.key = key
+        # Weakly, as the model: what is on it must not keep it alive.
+        self._registry = weakref.ref(registry)
+
+    def restore(self) -> None:
+        """As `DeltaRegistry.deactivate`, while this is on the model."""
+        if (registry := self._registry()) is None:
+            super().restore()
+            return
+        with registry._turn:
+            if self.is_on:
+                registry._deactivate()
 
 
 def _pairs(deltas: Chosen) -> list[tuple[str, float]]:
     """Ids with their weights, of all that `activate` takes."""
     if isinstance(deltas, str):
         return [(deltas, 1.0)]
-    items = list(deltas)
-    if len(items) == 2 and isinstance(items[0], str) and isinstance(items[1], (int, float)):
+    items: list[Any] = list(deltas)
+    if _is_pair(items):
         return [(items[0], float(items[1]))]
     pairs = []
     for item in items:
         if isinstance(item, str):
             pairs.append((item, 1.0))
-        elif isinstance(item, Sequence) and len(item) == 2 and isinstance(item[0], str):
+        elif _is_pair(item):
             pairs.append((item[0], float(item[1])))
         else:
             raise TypeError(f"DeltaRegistry: a delta is an id or a pair (id, weight), got {item!r}")
     return pairs
+
+
+def _is_pair(item: Any) -> bool:
+    # A number may be numpy's, which is no float.
+    return (
+        isinstance(item, Sequence)
+        and len(item) == 2
+        and isinstance(item[0], str)
+        and isinstance(item[1], Real)
+    )
 
 
 def _pinned(array: Tensor) -> Tensor:
@@ -656,12 +813,7 @@ def _pinned(array: Tensor) -> Tensor:
 def _wait_for(value: _Placed) -> None:
     """Lets the current streams use what another stream uploaded."""
     for device, event in value.uploaded.items():
-        stream = torch.cuda.current_stream(device)
-        stream.wait_event(event)
-        for kind, part in value.parts.items():
-            if kind[0] == device:
-                for array in part:
-                    array.record_stream(stream)
+        torch.cuda.current_stream(device).wait_event(event)
 
 
 def _short(content_id: str) -> str:

@@ -548,9 +548,14 @@ def test_what_cannot_be_is_refused():
     pristine(model, before)
     registry.activate("a")
     model.bfloat16()
-    for call in (lambda: registry.activate(("a", 2.0)), registry.deactivate):
-        with pytest.raises(sf.SFTError, match="another address"):
-            call()
+    for chosen in ("a", ("a", 2.0)):
+        with pytest.raises(sf.SFTError, match="'scale' is at another address"):
+            registry.activate(chosen)
+    with pytest.raises(sf.SFTError, match="another address"):
+        registry.add(made(Model(), 2))
+    registry.deactivate()
+    for name, value in model.state_dict().items():
+        assert_bits(value, before[name].bfloat16(), name)
 
 
 def test_threads_take_turns(tmp_path):
