@@ -537,8 +537,8 @@ def cast_head(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     cast = value.to(dtype)
     if cast.dtype != value.dtype and not torch.isfinite(cast).all():
         raise SFTError(
-            f"SparseDelta: the head {name!r} holds values up to {value.abs().max().item():g}, too large for the "
-            f"model's {dtype}; load the model in float32 or bfloat16"
+            f"SparseDelta: the head {name!r} holds values up to {value.abs().max().item():g}, too "
+            f"large for the model's {dtype}; load the model in float32 or bfloat16"
         )
     return cast
 

@@ -481,3 +481,239 @@ def test_what_the_model_lacks_may_be_left_out():
         sf.compose(model, part, unused="ignore")
     with pytest.raises(ValueError, match='"error" or "ignore", got \'skip\''):
         sf.compose(model, part, unused="skip")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, nn.Sequential, lambda m: torch.compile(m, backend="eager")],
+    ids=["DataParallel", "Sequential", "compile"],
+)
+def test_a_module_that_only_wraps_may_go(wrap):
+    model = Model()
+    before = values(model)
+    delta = made(model, 1)
+    key_map = {"": "0."} if wrap is nn.Sequential else None
+    with sf.compose(wrap(model), delta, heads=delta, key_map=key_map) as composition:
+        gc.collect()
+        assert active(model) is composition
+        with pytest.raises(RuntimeError, match="is on this model already"):
+            sf.compose(model, delta)
+        assert not torch.equal(model.emb.weight, before["emb.weight"])
+    pristine(model, before)
+    assert active(model) is None
+
+
+def test_what_is_on_a_model_does_not_keep_it():
+    model = Model()
+    delta = made(model, 1)
+    sf.compose(model, delta, heads=delta)
+    gone = weakref.ref(model.emb.weight)
+    registry = sf.DeltaRegistry(other := Model())
+    registry.add(made(other, 1), "a")
+    registry.activate("a", "a")
+    other_gone = weakref.ref(other.head.weight)
+    del model, other, registry
+    gc.collect()
+    assert gone() is None
+    assert other_gone() is None
+
+
+@pytest.mark.parametrize("compat", [None, "sequential"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_model_that_was_cast_becomes_the_base_that_was_cast(dtype, to, compat):
+    model = Model(dtype)
+    before = copy.deepcopy(model).to(to).state_dict()
+    deltas = [made(model, 1), made(model, 2)]
+    state = model.state_dict()
+    original = values(model)
+    with sf.compose(model, deltas, heads=deltas[0], compat=compat):
+        model.to(to)
+        model.emb.weight.data = model.emb.weight.data.t().contiguous().t()
+    pristine(model, before)
+    assert active(model) is None
+    # Whoever holds the memory from before has the base, too.
+    for name, value in state.items():
+        assert_bits(value, original[name], name)
+
+
+def test_a_parameter_that_was_replaced_is_named():
+    model = Model()
+    before = values(model)
+    delta = made(model, 1)
+    new = nn.Linear(100, 30)
+
+    def replace(error=None):
+        with sf.compose(model, delta, heads=delta):
+            model.lin = new
+            if error is not None:
+                raise error
+
+    with pytest.raises(sf.SFTError, match=r"replaced parameters .*: 'lin\.weight', 'lin\.bias'\."):
+        replace()
+    assert active(model) is None
+    before |= {f"lin.{n}": p.detach().clone() for n, p in new.named_parameters()}
+    pristine(model, before)
+    delta, new = made(model, 1), nn.Linear(100, 30)
+    with (
+        pytest.warns(UserWarning, match="replaced parameters"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        replace(ZeroDivisionError())
+    composition = sf.compose(model, delta := made(model, 1))
+    model.load_state_dict(before, assign=True)
+    with pytest.raises(sf.SFTError, match=r"'scale', 'emb\.weight', 'lin\.weight', …"):
+        composition.restore()
+    composition.restore()
+    pristine(model, before)
+
+
+def test_memory_that_two_parameters_share_is_written_once():
+    model = nn.Module()
+    shared = torch.randn(4, 8)
+    model.a, model.b = nn.Parameter(shared), nn.Parameter(shared[1:])
+    before = values(model)
+    deltas = []
+    for name in "ab":
+        entries = sf.Support.from_indices(Layout.of({name: model.get_parameter(name)}), {name: [9]})
+        heads = {} if name == "a" else {"a": torch.zeros(4, 8)}
+        deltas.append(sf.SparseDelta(entries, torch.ones(1), heads))
+    registry = sf.DeltaRegistry(model)
+    for name, delta in zip("ab", deltas, strict=True):
+        registry.add(delta, name)
+    for chosen in ([0, 1], [1, 0]):
+        with pytest.raises(sf.SFTError, match=r"'a' and 'b' are one tensor .* two in the SFTs"):
+            sf.compose(model, [deltas[j] for j in chosen])
+        with pytest.raises(sf.SFTError, match=r"'a' and 'b' are one tensor .* two in the SFTs"):
+            registry.activate(["ab"[j] for j in chosen])
+        pristine(model, before)
+    with pytest.raises(sf.SFTError, match="'a' and 'b'"):
+        sf.compose(model, deltas[1], heads=deltas[1])
+    for name, delta in zip("ab", deltas, strict=True):
+        with sf.compose(model, delta):
+            pass
+        with registry.active(name):
+            pass
+        pristine(model, before)
+
+
+def test_parameters_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = Model()
+    before = values(model)
+    delta = made(Model(), 1)
+    with pytest.raises(sf.SFTError, match=r"'emb\.weight' was made under torch\.inference_mode"):
+        sf.compose(model, delta)
+    pristine(model, before)
+    # An ordinary model may be composed there, and restored anywhere.
+    model = Model()
+    with torch.inference_mode():
+        composition = sf.compose(model, delta, heads=delta)
+    composition.restore()
+    pristine(model, before)
+
+
+@pytest.mark.parametrize("broken", ["head.weight", "a group"])
+def test_a_failure_to_write_back_stops_nothing_else(monkeypatch, broken):
+    model = Model()
+    model.lin.bfloat16()
+    before = values(model)
+    delta = made(model, 1)
+    composition = sf.compose(model, delta, heads=delta)
+    composed = values(model)
+    kind = compose_module.Head if broken == "head.weight" else compose_module.Group
+    real, failed = kind.take_off, []
+
+    def breaks(part, moved):
+        names = sorted(part.names)
+        if not failed and (kind is compose_module.Group or broken in names):
+            failed.extend(names)
+            raise MemoryError("stop")
+        real(part, moved)
+
+    monkeypatch.setattr(kind, "take_off", breaks)
+    with pytest.raises(MemoryError, match="stop"):
+        composition.restore()
+    for name, value in model.state_dict().items():
+        own = "emb.weight" if name == "out.weight" else name
+        assert_bits(value, (composed if own in failed else before)[name], name)
+    assert active(model) is composition
+    composition.restore()
+    pristine(model, before)
+    # The same in a rollback: the model is not said to be the base.
+    failed.clear()
+    monkeypatch.setattr(kind, "put_on", lambda *_: (_ for _ in ()).throw(OSError("first")))
+    monkeypatch.setattr(kind, "take_off", lambda *_: (_ for _ in ()).throw(OSError("second")))
+    with pytest.raises(RuntimeError, match=r"written back \(second\); .* not the base model"):
+        sf.compose(model, delta, heads=delta)
+    assert active(model) is not None
+
+
+def test_what_is_on_cannot_be_put_on():
+    model = Model()
+    before = values(model)
+    composition = sf.compose(model, made(model, 1))
+    with pytest.raises(RuntimeError, match="is on this model already"):
+        composition._put_on()
+    composition.restore()
+    pristine(model, before)
+
+
+def test_heads_are_told_apart_by_the_parameter():
+    model = Model()
+    before = values(model)
+    entries = sf.Support.from_indices(Layout.of({"scale": ()}), {"scale": [0]})
+    heads = {"emb.weight": torch.zeros(700, 100), "out.weight": torch.ones(700, 100)}
+    tasks = [sf.SparseDelta(entries, torch.ones(1), {n: h}) for n, h in heads.items()]
+    for order in (tasks, tasks[::-1]):
+        with pytest.raises(ValueError, match=r"two deltas of heads bring the head 'emb\.weight'"):
+            sf.compose(model, tasks, heads=order)
+        pristine(model, before)
+    with sf.compose(model, tasks, heads=tasks[1]):
+        assert bool((model.emb.weight == 1).all())
+    pristine(model, before)
+
+
+def test_a_head_too_large_for_the_model_is_refused():
+    model = Model(torch.float16)
+    before = values(model)
+    entries = sf.Support.from_indices(Layout.of({"scale": ()}), {"scale": [0]})
+    large = sf.SparseDelta(entries, torch.ones(1), {"head.bias": torch.full((3,), 1e6)})
+    message = r"'head\.bias' holds values up to 1e\+06, too large for the model's torch\.float16"
+    with pytest.raises(sf.SFTError, match=message):
+        sf.compose(model, large, heads=large)
+    registry = sf.DeltaRegistry(model)
+    registry.add(large, "large")
+    with pytest.raises(sf.SFTError, match=message):
+        registry.activate("large", "large")
+    pristine(model, before)
+    for put_on in (lambda: sf.compose(model, large), lambda: registry.activate("large")):
+        with put_on():
+            assert model.scale.item() == 2.5
+    with sf.compose(other := Model(torch.bfloat16), large, heads=large):
+        assert_bits(other.head.bias.detach(), torch.full((3,), 1e6, dtype=torch.bfloat16))
+
+
+def test_sequential_counts_each_delta():
+    model = nn.ParameterDict({"w": nn.Parameter(torch.ones(8))})
+    entries = sf.Support.from_indices(Layout.of({"w": (8,)}), {"w": [0, 1]})
+    delta = sf.SparseDelta(entries, torch.tensor([1.0, 1e-9]))
+    with sf.compose(model, [delta, delta], compat="sequential") as composition:
+        assert (composition.changed, composition.swallowed) == (4, 2)
+    with sf.compose(model, [delta, delta]) as composition:
+        assert (composition.changed, composition.swallowed) == (2, 1)
+
+
+def test_messages_say_what_to_pass(tmp_path):
+    model = Model()
+    path = made(model, 1).save(tmp_path)
+    for source in (path, tmp_path):
+        with pytest.raises(TypeError, match=r"pass SparseDelta\.load of it"):
+            sf.compose(model, source)
+    with pytest.raises(TypeError, match=r"deltas\[0\] .* got str; SparseDelta\.load reads"):
+        sf.compose(model, [path])
+    with pytest.raises(TypeError, match=r"a list of one number for each delta, got 0\.5"):
+        sf.compose(model, sf.SparseDelta.load(path), 0.5)
+    del model.lin
+    with pytest.raises(sf.SFTError, match=r"no parameter 'lin\.bias'.* or unused=\"ignore\""):
+        sf.compose(model, sf.SparseDelta.load(path))

@@ -595,6 +595,253 @@ def test_threads_take_turns(tmp_path):
     pristine(model, before)
 
 
+@pytest.mark.parametrize("how", ["a parameter", "a module", "assign"])
+def test_a_parameter_that_was_replaced_is_noticed(how):
+    model = Model()
+    registry = DeltaRegistry(model)
+    for seed, name in enumerate("ab"):
+        registry.add(made(model, seed), name)
+    registry.activate("a")
+    first = {"a parameter": "lin.bias", "a module": "lin.weight", "assign": "scale"}[how]
+    if how == "a parameter":
+        model.lin.bias = nn.Parameter(torch.ones(30))
+    elif how == "a module":
+        model.lin = nn.Linear(100, 30)
+    else:
+        model.load_state_dict(values(model), assign=True)
+    on = values(model)
+    calls = [lambda: registry.activate("a"), lambda: registry.activate("b")]
+    calls.append(lambda: registry.add(made(model, 2), "c"))
+    for call in calls:
+        with pytest.raises(sf.SFTError, match=f"parameter '{first}' is another one"):
+            call()
+        pristine(model, on)
+    with pytest.raises(sf.SFTError, match=f"replaced parameters .*'{first}'"):
+        registry.deactivate()
+    assert active(model) is None
+    registry = DeltaRegistry(model)
+    # What is added beside the registry's parameters does not disturb it, nor is it the registry's.
+    model.more = nn.Linear(2, 2)
+    with pytest.raises(sf.SFTError, match=r"'more\.\w+' is newer than the registry"):
+        registry.add(made(model, 1), "a")
+
+
+def test_a_handle_goes_through_its_registry():
+    model = Model()
+    before = values(model)
+    registry = DeltaRegistry(model)
+    for seed, name in enumerate("ab"):
+        registry.add(made(model, seed), name)
+    with registry.activate("a") as handle:
+        assert handle.is_on
+    pristine(model, before)
+    assert "active: none" in repr(registry)
+    first = registry.activate("a")
+    registry.activate("b")
+    on_b = values(model)
+    first.restore()  # swapped away: does nothing
+    pristine(model, on_b)
+    inside, restored = threading.Event(), []
+
+    def other():
+        inside.wait(10)
+        active(model).restore()
+        restored.append(values(model))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with registry.active("a") as handle:
+        on_a = values(model)
+        inside.set()
+        thread.join(0.2)
+        assert not restored  # it waits for the block
+        pristine(model, on_a)
+    thread.join(10)
+    assert restored
+    pristine(model, on_b)
+    assert not handle.is_on
+
+
+@pytest.mark.parametrize("block", ["active", "grouped"])
+def test_a_block_brings_back_what_was_on_whatever_became_of_it(tmp_path, block):
+    model = Model()
+    before = values(model)
+    registry = DeltaRegistry(model, host_budget_bytes=0)
+    a, b = files(tmp_path, model, 2)
+    registry.add(a, "a")
+    registry.add(a, "again")
+    registry.add(b, "b")
+    handle = registry.activate(["a", ("b", 0.5)], "a")
+    on_a = values(model)
+
+    def run():
+        if block == "active":
+            with registry.active("b"):
+                yield
+        else:
+            for _ in registry.grouped(["b"]):
+                yield
+
+    for _ in run():
+        registry.remove("a")
+        with pytest.raises(RuntimeError, match="'again' comes back when an open block"):
+            registry.remove("again")
+        a.unlink()
+        registry.deactivate()
+        pristine(model, before)
+    pristine(model, on_a)
+    assert handle.is_on
+    registry.deactivate()
+    registry.remove("again")
+    pristine(model, before)
+    assert len(registry._host) == 0
+
+
+def test_what_cannot_come_back_leaves_the_base(monkeypatch):
+    model = Model()
+    before = values(model)
+    registry = DeltaRegistry(model)
+    for seed, name in enumerate("ab"):
+        registry.add(made(model, seed), name)
+
+    def run(error=None):
+        registry.activate("a")
+        with registry.active("b"):
+            monkeypatch.setattr(compose_module.Group, "prepare", breaks)
+            if error is not None:
+                raise error
+
+    def breaks(_):
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        run()
+    pristine(model, before)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="no room"), pytest.raises(ZeroDivisionError):
+        run(ZeroDivisionError())
+    monkeypatch.undo()
+    pristine(model, before)
+    # A cast in the block: what was on cannot come back, and the base is cast as well.
+    registry.activate("a")
+    cast = copy.deepcopy(Model()).bfloat16().state_dict()
+    with pytest.raises(sf.SFTError, match="another address"), registry.active("b"):
+        model.bfloat16()
+    pristine(model, cast)
+    assert active(model) is None
+
+
+def test_a_failed_rollback_is_not_called_the_base(monkeypatch):
+    model = Model()
+    before = values(model)
+    registry = DeltaRegistry(model)
+    for seed, name in enumerate("ab"):
+        registry.add(made(model, seed), name)
+    registry.activate("a")
+
+    def breaks(*_):
+        raise OSError("stop")
+
+    for name in ("swap_", "restore_"):
+        monkeypatch.setattr(compose_module, name, breaks)
+    with pytest.raises(RuntimeError, match="is not the base model any more"):
+        registry.activate("b")
+    assert active(model) is not None
+    # Its logs are kept, and those of the set that it was to replace.
+    monkeypatch.undo()
+    registry.deactivate()
+    pristine(model, before)
+
+
+def test_a_known_file_is_checked_again_where_more_is_asked(tmp_path, opened):
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros(5)) for name in "ab"})
+    entry = Support.from_indices(Layout.of({"a": (5,)}), {"a": [3]})
+    pieces = {"a": torch.ones(1)}
+    delta = sf.SparseDelta.from_compact(entry, torch.ones(1), base=pieces)
+    path = delta.save(tmp_path / "a.safetensors")
+    registry = DeltaRegistry(model)
+    key_map = {"a": "b"}
+    registry.add(path, "x", key_map=key_map, allow_base_mismatch=True)
+    assert registry.add(path, "y", key_map=dict(key_map), allow_base_mismatch=True) == "y"
+    assert len(opened) == 1
+    for source in (path, delta):
+        with pytest.raises(ValueError, match="under another key_map"):
+            registry.add(source, "z", allow_base_mismatch=True)
+        with pytest.raises(sf.SFTError, match="another base model"):
+            registry.add(source, "z", key_map=key_map)
+    assert registry.ids == ("x", "y")
+    with torch.no_grad():
+        model["b"].fill_(1)
+    registry.add(path, "z", key_map=key_map)
+    reads = len(opened)
+    registry.add(path, "zz", key_map=key_map)
+    assert len(opened) == reads
+    with pytest.raises(TypeError, match="an id must be a string, got 5"):
+        registry.add(delta, 5)
+
+
+def test_a_late_prefetch_does_not_stand_in_for_another(tmp_path, monkeypatch):
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros(5)) for name in "ab"})
+    entry = Support.from_indices(Layout.of({"a": (5,)}), {"a": [3]})
+    path = sf.SparseDelta(entry, torch.ones(1)).save(tmp_path / "a.safetensors")
+    registry = DeltaRegistry(model, host_budget_bytes=0)
+    registry.add(path, "x")
+    registry._host.budget = None
+    reading, go, real = threading.Event(), threading.Event(), sf.SparseDelta.load
+
+    def slow(path):
+        delta = real(path)
+        if not reading.is_set():
+            reading.set()
+            go.wait(10)
+        return delta
+
+    monkeypatch.setattr(registry_module.SparseDelta, "load", slow)
+    (done,) = registry.prefetch("x")
+    assert reading.wait(10)
+    registry.remove("x")
+    registry.add(path, "x", key_map={"a": "b"})
+    go.set()
+    done.result(10)
+    registry.activate("x")
+    assert model["a"].tolist() == [0] * 5
+    assert model["b"].tolist() == [0, 0, 0, 1, 0]
+
+
+def test_a_loop_over_groups_ends_in_any_thread():
+    model = Model()
+    before = values(model)
+    registry = DeltaRegistry(model)
+    registry.add(made(model, 1), "a")
+    for _ in range(2):
+        groups = registry.grouped(["a"])
+        next(groups)
+        thread = threading.Thread(target=groups.close, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+        pristine(model, before)
+    # The turn is free again, for this thread and for others.
+    thread = threading.Thread(target=registry.activate, args=("a",), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    registry.deactivate()
+
+
+def test_pairs_and_names():
+    model = Model()
+    registry = DeltaRegistry(model)
+    registry.add(made(model, 1), "swahili")
+    half = registry.activate(("swahili", 0.5))
+    for chosen in (("swahili", np.float32(0.5)), [("swahili", np.float64(0.5))]):
+        assert registry.activate(chosen) is half
+    with pytest.raises(TypeError, match="an id or a pair"):
+        registry.activate([("swahili", "hausa")])
+    with pytest.raises(KeyError, match="no delta 'swahli' among the 1 ids; the nearest is 'swah"):
+        registry.activate("swahli")
+
+
 def test_an_entry_takes_six_bytes(tmp_path):
     """60 SFTs of 100,000 entries each, over 64 tiles, from files and as objects: 2 bytes of idx, 4
     of val (2 in bf16), and 8 a tile."""
