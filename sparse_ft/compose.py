@@ -66,6 +66,18 @@ class Carrier:
         self._places = {
             name: (p.data_ptr(), p.shape) for name, p in parameters.items() if unusable(p) is None
         }
+        self._children = [
+            (weakref.ref(module), key, weakref.ref(child))
+            for module in model.modules()
+            for key, child in module._modules.items()
+            if child is not None
+        ]
+        self._own = [
+            (weakref.ref(module), key, weakref.ref(p), p.data_ptr())
+            for module in model.modules()
+            for key, p in module._parameters.items()
+            if p is not None and unusable(p) is None
+        ]
 
     def __contains__(self, name: str) -> bool:
         return name in self._refs
@@ -79,12 +91,29 @@ class Carrier:
                     _ACTIVE[parameter] = self
         self.on = applied
 
+    @property
+    def intact(self) -> bool:
+        """Whether every module and parameter is where it was at the beginning, as most are: several
+        times faster than `moved` and `lost`, which say what is not."""
+        try:
+            return all(
+                module()._modules[key] is child()  # type: ignore[union-attr]
+                for module, key, child in self._children
+            ) and all(
+                module()._parameters[key] is (p := ref()) and p.data_ptr() == address  # type: ignore[union-attr]
+                for module, key, ref, address in self._own
+            )
+        except (AttributeError, KeyError):  # it is gone
+            return False
+
     def moved(self) -> dict[str, Tensor]:
         """The parameters that are at another address than at the beginning: those of a model that
         was moved or cast.
 
         Whoever asks holds the memory at the old addresses, so that nothing else can be there.
         """
+        if self.intact:
+            return {}
         return {
             name: parameter.detach()
             for name, (address, shape) in self._places.items()
@@ -96,7 +125,7 @@ class Carrier:
     def lost(self) -> list[str]:
         """Names whose parameters the model has replaced, or has in another shape; a model that is
         gone has none."""
-        if (model := self._model()) is None:
+        if self.intact or (model := self._model()) is None:
             return []
         inside = {id(parameter) for parameter in model.parameters()}
         return [

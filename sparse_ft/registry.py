@@ -604,6 +604,8 @@ class DeltaRegistry:
         self._host.trim(stay | {c for c, e in self._by_content.items() if e.path is None})
 
     def _check_model(self) -> None:
+        if self._carrier.intact:
+            return
         lost, moved = self._carrier.lost(), self._carrier.moved()
         for name in (*lost, *moved):
             what = "is another one" if name in lost else "is at another address"
