@@ -2,16 +2,16 @@
 is not trusted."""
 
 import copy
-import fnmatch
 import errno
+import fnmatch
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-import warnings
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
