@@ -158,6 +158,14 @@ License = Annotated[str | None, typer.Option(help="The license of its values.")]
 Lang = Annotated[str | None, typer.Option(help="Its language, such as sw.")]
 Task = Annotated[str | None, typer.Option(help="Its task, such as ner.")]
 BaseId = Annotated[str | None, typer.Option(help="The base model's name on the Hub.")]
+OfBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="The base model on disk: the SFTs are checked against it, and the result carries its "
+        "digest.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
 Mismatch = Annotated[
@@ -235,11 +243,12 @@ def compose(
     output: Output,
     weight: Weights = None,
     heads: Heads = None,
+    base: OfBase = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Add SFTs up to one: applying it gives the bits of composing them all."""
-    _merge(files, output, weight, "sum", {}, heads, force, as_json)
+    _merge(files, output, weight, "sum", {}, heads, base, force, as_json)
 
 
 # The options of the rules that have some, with their values; * marks one that has none by itself.
@@ -270,6 +279,7 @@ def merge(
         ),
     ] = None,
     heads: Heads = None,
+    base: OfBase = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -281,7 +291,7 @@ def merge(
                 f"{item!r} is not NAME=VALUE, such as p=0.9", param_hint="--option"
             )
         options[name] = _value(value)
-    _merge(files, output, weight, rule, options, heads, force, as_json)
+    _merge(files, output, weight, rule, options, heads, base, force, as_json)
 
 
 @app.command()
@@ -705,16 +715,25 @@ def _merge(
     rule: str,
     options: dict[str, Any],
     heads: str | None,
+    base: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
     from sparse_ft import merge as merge_deltas
+    from sparse_ft.checkpoints import Checkpoint
+    from sparse_ft.merge import RULES
 
     with _errors(files):
+        # Before anything else: an option is no argument of the function.
+        if rule in RULES:
+            options = RULES[rule].options(rule, options)
         _check_output(output, force, "sft.safetensors")
         deltas = _load_all(files, weights)
         keep = _with_heads(files, deltas, heads)
-        delta = merge_deltas(deltas, weights, rule=rule, heads=keep, **options)
+        model = None if base is None else Checkpoint(base)
+        delta = merge_deltas(deltas, weights, rule=rule, heads=keep, base=model, **options)
+        if model is None and any(delta.known_digests for delta in deltas):
+            _note("the result carries no digest of its base model; --base BASE records it")
         _saved(delta, output, as_json)
 
 
@@ -765,7 +784,10 @@ def _value(text: str) -> Any:
 
 def _labels(files: Sequence[str]) -> list[str]:
     """Names to show: the last parts of the paths, as many as tell them apart."""
-    parts = [Path(file).with_suffix("").parts for file in files]
+    parts = [
+        Path(os.path.abspath(file).removesuffix(".safetensors").removesuffix(".bin")).parts
+        for file in files
+    ]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-n:]) for part in parts]
         if len(set(names)) == len(names):

@@ -760,7 +760,7 @@ class _Runs:
             return 0
         self.taken.append((stack[-1], len(stack[-1]), start))
         stack[-1].append(None)
-        return self.ends[start] + 1
+        return int(self.ends[start]) + 1
 
     def fill_in(self) -> None:
         """Puts the integers where `take` has kept a place for them."""

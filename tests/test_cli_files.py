@@ -227,7 +227,32 @@ def test_a_missing_file_is_one_line(command, tmp_path):
 def test_labels_are_short_and_distinct():
     assert cli._labels(["x/sw.safetensors", "y/ner.safetensors"]) == ["sw", "ner"]
     assert cli._labels(["x/sft.safetensors", "y/sft.safetensors"]) == ["x/sft", "y/sft"]
-    assert cli._labels(["a", "a"]) == ["a (0)", "a (1)"]
+    assert cli._labels(["a", "a"])[0].endswith("a (0)")
+    assert cli._labels(["o.v1", "o.v2"]) == ["o.v1", "o.v2"]
+
+
+def test_labels_of_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "swahili").mkdir()
+    monkeypatch.chdir(tmp_path / "swahili")
+    assert cli._labels([".", "../hausa"]) == ["swahili", "hausa"]
+
+
+def test_compose_with_a_base_records_its_digest(world):
+    files, out = [world / "a.safetensors", world / "b.safetensors"], world / "ab.safetensors"
+    assert "--base BASE records it" in run("compose", *files, "-o", out).stderr
+    run("compose", *files, "-o", out, "--force", "--base", world / "base")
+    (found,) = document("verify", out, "--base", world / "base")
+    assert found["base"] == "fits"
+    document("verify", out, "--base", world / "a", code=1)
+    refused = run("compose", *files, "-o", out, "--force", "--base", world / "a", code=1)
+    assert "base model" in refused.output
+
+
+def test_arguments_of_merge_are_no_options(world):
+    files = [world / "a.safetensors", world / "b.safetensors"]
+    for option in ("heads=1", "weights=1", "rule=ties", "deltas=1", "base=x"):
+        found = run("merge", *files, "--option", option, "-o", world / "m.safetensors", code=1)
+        assert "no option" in found.output
 
 
 def task_world(folder):
