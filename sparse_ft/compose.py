@@ -40,10 +40,12 @@ _UNWRITTEN = {
 
 def active(model: nn.Module) -> Applied | None:
     """What is on a model now, if anything is: on it, a part of it, or a module that wraps it."""
-    if not _ACTIVE:
-        return None
-    carriers = (_ACTIVE.get(parameter) for parameter in model.parameters())
-    return next((carrier.on for carrier in carriers if carrier is not None), None)
+    if _ACTIVE:
+        for parameter in model.parameters():
+            carrier: Carrier | None = _ACTIVE.get(parameter)
+            if carrier is not None and carrier.on is not None:
+                return carrier.on
+    return None
 
 
 class Carrier:
@@ -211,8 +213,12 @@ class Group:
 
     @property
     def names(self) -> set[str]:
-        """Names of the weights that are written."""
-        return set(self.layout.names) if self.idx else set()
+        """Names of the weights that have entries."""
+        supports = (
+            Support(self.layout, idx, ptr, check=False)
+            for idx, ptr in zip(self.idx, self.ptr, strict=True)
+        )
+        return {name for support in supports for name, n in support.counts().items() if n}
 
 
 def _written(log: Tensor) -> bool:
@@ -323,9 +329,9 @@ class Applied:
                 self._write_back()
             except BaseException as second:
                 raise RuntimeError(
-                    f"{type(self).__name__}: the weights could not be written, nor all of them "
-                    f"written back ({second}); the {self._carrier.kind} is not the base model any "
-                    "more: load it again"
+                    "the weights could not be written, nor all of them written back "
+                    f"({second}); the {self._carrier.kind} is not the base model any more: load it "
+                    "again"
                 ) from error
             self._parts = own
             self._carrier.carry(None)
@@ -357,8 +363,10 @@ class Applied:
         """
         if not self.is_on:
             return
-        written = set().union(*(part.names for part in self._parts))
-        lost = [name for name in self._carrier.lost() if name in written]
+        lost = self._carrier.lost()
+        if lost:
+            written = set().union(*(part.names for part in self._parts))
+            lost = [name for name in lost if name in written]
         self._write_back()
         self._carrier.carry(None)
         if lost:

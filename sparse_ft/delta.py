@@ -475,11 +475,11 @@ class SparseDelta:
         """Finds this delta's tensors in a model and checks that they fit; the model is only read.
 
         A name, or one of its aliases, must be exactly one parameter of the model: of the same
-        shape, fp32, bf16 or fp16, contiguous, materialised and sharing no memory with another
-        tensor of the delta. Where the delta knows the digest of its base, the model's values must
-        give it: by fp32 bits, or by bf16 bits (a bf16 copy of the base, or the other way round).
-        What `torch.compile`, `DataParallel` and `DistributedDataParallel` put before names is
-        looked through.
+        shape, fp32, bf16 or fp16, contiguous, materialised, made outside of torch.inference_mode()
+        and sharing no memory with another tensor of the delta. Where the delta knows the digest of
+        its base, the model's values must give it: by fp32 bits, or by bf16 bits (a bf16 copy of the
+        base, or the other way round). What `torch.compile`, `DataParallel` and
+        `DistributedDataParallel` put before names is looked through.
 
         Args:
             model: The base model, with no SFT on it.

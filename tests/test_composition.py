@@ -560,6 +560,10 @@ def test_a_parameter_that_was_replaced_is_named():
         pytest.raises(ZeroDivisionError),
     ):
         replace(ZeroDivisionError())
+    # One without entries is none of its business.
+    entries = sf.Support.from_indices(Layout.of({"lin.bias": (30,), "scale": ()}), {"scale": [0]})
+    with sf.compose(model, sf.SparseDelta(entries, torch.ones(1))):
+        model.lin = nn.Linear(100, 30)
     composition = sf.compose(model, delta := made(model, 1))
     model.load_state_dict(before, assign=True)
     with pytest.raises(sf.SFTError, match=r"'scale', 'emb\.weight', 'lin\.weight', …"):

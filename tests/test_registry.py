@@ -616,7 +616,7 @@ def test_a_parameter_that_was_replaced_is_noticed(how):
         with pytest.raises(sf.SFTError, match=f"parameter '{first}' is another one"):
             call()
         pristine(model, on)
-    with pytest.raises(sf.SFTError, match=f"replaced parameters .*'{first}'"):
+    with pytest.raises(sf.SFTError, match="has replaced parameters while SFTs were on it"):
         registry.deactivate()
     assert active(model) is None
     registry = DeltaRegistry(model)

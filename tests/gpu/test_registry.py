@@ -77,3 +77,47 @@ def test_a_swap_waits_for_nothing(cuda):
         registry.deactivate()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_heads_are_on_the_device_and_count(cuda):
+    start = Model()
+    model = copy.deepcopy(start).to(cuda)
+    before = values(model)
+    registry = DeltaRegistry(model)
+    delta = made(start, 0)
+    registry.add(delta, "a")
+    host = registry._host.get(delta.content_id)
+    registry.activate("a")
+    near = registry._device.get(delta.content_id)
+    assert near.heads.keys() == delta.heads.keys()
+    assert all(value.is_pinned() for value in host.heads.values())
+    assert all(value.is_cuda for value in near.heads.values())
+    assert near.nbytes == host.nbytes == registry._device.nbytes
+    # Taken off on another stream, evicted, and its memory asked for at once.
+    registry._device.budget = 0
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        registry.activate("a", "a")
+        registry.deactivate()
+    del near
+    torch.full((1 << 20,), torch.nan, device=cuda)
+    torch.cuda.current_stream().wait_stream(side)
+    pristine(model, before)
+
+
+def test_what_is_on_the_cpu_counts_once(cuda):
+    start = Model()
+    model = copy.deepcopy(start).to(cuda)
+    model.lin.cpu()
+    before = values(model)
+    registry = DeltaRegistry(model)
+    registry.add(delta := made(start, 0), "a", allow_base_mismatch=True)
+    registry.activate("a")
+    near = registry._device.get(delta.content_id)
+    parts = {kind[0].type: part for kind, part in near.parts.items()}
+    assert {array.device.type for array in parts["cpu"]} == {"cpu"}
+    on_device = [*parts["cuda"], *near.heads.values()]
+    assert registry._device.nbytes == sum(a.numel() * a.element_size() for a in on_device)
+    registry.deactivate()
+    pristine(model, before)
