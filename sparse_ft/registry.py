@@ -157,7 +157,7 @@ class DeltaRegistry:
     on the model stays in any case, and so does, in host memory, a delta that came as an object: it
     has no file. A model on the CPU has no device tier.
 
-    `activate` swaps from the set that is on the model to another in one pass, to the bits of
+    `activate` swaps from the set that is on the model to another in one call, to the bits of
     `compose` on the base model. It may be called from several threads; to run a model with a set,
     take `active(…)`, which keeps the other threads waiting until the block is left. The model must
     stay on its device, in its data type, and its parameters where they are.
