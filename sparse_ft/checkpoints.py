@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sparse_ft_kernels import compose_
 from sparse_ft_kernels.contract import describe_unusable
 
-from .delta import SFTError, SparseDelta, _comparable, _same_bits, _tensors
+from .delta import SFTError, SparseDelta, _comparable, _digests, _same_bits, _tensors
 from .files import SFTFileError, parse_json
 from .merge import given
 from .metadata import check_name, short
@@ -110,12 +110,12 @@ class Checkpoint(Mapping[str, Tensor]):
         """A tensor as it lies in the file, which may be anywhere.
 
         Raises:
-            SFTFileError: It is of a type that torch does not have.
+            SFTFileError: It is of a type or shape that torch does not have.
         """
         file, read = self._where[name]
         try:
             return read()
-        except (SafetensorError, AttributeError, KeyError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise SFTFileError(f"{file}: tensor {name!r} cannot be read: {error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -250,6 +250,7 @@ def _open(file: str) -> dict[str, Callable[[], Tensor]]:
             handle = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
             raise SFTFileError(f"{file}: is not a safetensors file: {error}") from None
+        _check_header(file)
         tensors = {name: partial(handle.get_tensor, name) for name in handle.keys()}  # noqa: SIM118
     else:
         from .torch_zip import load
@@ -268,6 +269,15 @@ def _open(file: str) -> dict[str, Callable[[], Tensor]]:
         except SFTError as error:
             _fail(file, str(error))
     return tensors
+
+
+def _check_header(file: str) -> None:
+    """Refuses a safetensors file that names a tensor twice, of which its library shows one."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MAX_JSON:
+            _fail(file, f"header: {length:,} bytes; at most {MAX_JSON:,} are read")
+        json_object(f"{file}: header", stream.read(length))
 
 
 @contextmanager
@@ -552,6 +562,9 @@ def export(
     source = base if isinstance(base, Checkpoint) else Checkpoint(base)
     plan = _Plan(source, chosen, alphas, with_heads, dtype, allow_base_mismatch)
     with new_folder("export", out) as folder:
+        # First, for what is wrong with these is found at once.
+        if os.path.isdir(source.path):
+            _copy_beside(source.path, folder, dtype)
         files = _shards(plan.specs, max_shard_bytes)
         total = sum(map(_nbytes, plan.specs.values()))
         with _bar(progress, "writing", total) as advance:
@@ -570,8 +583,6 @@ def export(
                 "weight_map": {name: file for file, names in files.items() for name in names},
             }
             write_json(os.path.join(folder, f"{WEIGHTS}.index.json"), index)
-        if os.path.isdir(source.path):
-            _copy_beside(source.path, folder, dtype)
     return os.fsdecode(out)
 
 
@@ -634,7 +645,7 @@ class _Plan:
         for j in sorted(range(len(deltas)), key=lambda j: deltas[j].content_id):
             found = self._bind(j, deltas[j])
             if not allow_base_mismatch:
-                deltas[j].check_base([source[names[0]] for names in found.values()])
+                self._check_base(deltas[j], found)
             delta = deltas[j].to("cpu")
             for own, names in found.items():
                 for name in names:
@@ -649,6 +660,16 @@ class _Plan:
         for delta in with_heads:
             for name, head in delta.heads.items():
                 self._add_head(name, head, dtype)
+
+    def _check_base(self, delta: SparseDelta, found: Mapping[str, list[str]]) -> None:
+        """As `SparseDelta.check_base`, with one tensor at a time in memory, if it has to be."""
+        if not delta.known_digests or not delta.nnz:
+            return
+        support = delta.support.to("cpu")
+        pieces = {own: self.source[found[own][0]].reshape(-1)[at] for own, at in support}
+        used = [self.tensors[names[0]] for names in found.values()]
+        kinds = {tensor.dtype for tensor in used if tensor.numel()}
+        delta._compare_digests(_digests(support, pieces), kinds)
 
     def _bind(self, j: int, delta: SparseDelta) -> dict[str, list[str]]:
         """The checkpoint's names for each tensor of a delta."""
@@ -801,13 +822,19 @@ def new_folder(op: str, out: str | os.PathLike[str]) -> Iterator[str]:
     """A folder to write into, which becomes `out` when the block ends and vanishes if it fails.
 
     Raises:
-        SFTError: `out` exists and is no empty folder, or the folder to hold it does not exist.
+        SFTError: `out` exists and is no empty folder, or one that cannot be replaced; or the folder
+            to hold it does not exist.
     """
     target = os.path.abspath(os.fsdecode(out))
     if os.path.lexists(target) and (
         os.path.islink(target) or not os.path.isdir(target) or os.listdir(target)
     ):
         raise SFTError(f"{op}: {target!r} exists and is no empty folder; name another")
+    if os.path.isdir(target) and (os.path.ismount(target) or os.path.samefile(target, os.curdir)):
+        raise SFTError(
+            f"{op}: {target!r} is the working folder or where a file system is mounted, and cannot "
+            "be replaced; name a folder in it"
+        )
     parent = os.path.dirname(target)
     if not os.path.isdir(parent):
         raise SFTError(f"{op}: there is no folder {parent!r}; create it first")

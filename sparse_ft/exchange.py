@@ -137,6 +137,8 @@ def read_shira(folder: str | os.PathLike[str], base: Base, **meta: Any) -> Spars
             name = f"{module}.weight"
             if name not in tensors:
                 _fail(path, f"{key!r}: the base has no tensor {name!r}")
+            if name in positions:
+                _fail(path, f"{key!r}: the adapter has entries of {name!r} twice")
             if name in shared:
                 _fail(
                     path,
@@ -148,7 +150,9 @@ def read_shira(folder: str | os.PathLike[str], base: Base, **meta: Any) -> Spars
             if (weight := key.removesuffix("indices") + "weight") not in adapter:
                 _fail(path, f"{key!r}: there is no {weight!r}")
         elif adapter[key].is_floating_point():
-            heads[key.removeprefix(_PEFT_PREFIX)] = adapter[key].clone()
+            if (name := key.removeprefix(_PEFT_PREFIX)) in heads:
+                _fail(path, f"{key!r}: the adapter has the tensor {name!r} twice")
+            heads[name] = adapter[key].clone()
         else:
             _fail(path, f"{key!r}: has dtype {adapter[key].dtype}, and is no part of SHiRA")
     source = {

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,23 @@ def test_a_misaligned_tensor_is_copied(tmp_path):
     tensor = Checkpoint(path)["w"]
     assert tensor.data_ptr() % 4 == 0
     assert torch.equal(tensor, torch.from_numpy(values))
+
+
+def handmade(path, header, data=b""):
+    """A safetensors file with this text as its header."""
+    text = header.encode() + b" " * (-len(header) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def test_headers_that_the_library_lets_pass(tmp_path):
+    entry = '"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    twice = f"{{{entry},{entry}}}"
+    with pytest.raises(SFTFileError, match=r"header: .*'w' stands there twice"):
+        Checkpoint(handmade(tmp_path / "a.safetensors", twice, bytes(4)))
+    huge = '{"w":{"dtype":"F32","shape":[9223372036854775808,0],"data_offsets":[0,0]}}'
+    with pytest.raises(SFTFileError, match="tensor 'w' cannot be read"):
+        Checkpoint(handmade(tmp_path / "b.safetensors", huge))["w"]
 
 
 def test_identity_is_the_sha256_of_each_file(tmp_path):
@@ -811,6 +829,81 @@ def test_export_refuses_what_does_not_fit(tmp_path):
     assert not out.exists()
     export(another, delta, out, allow_base_mismatch=True)
     assert out.exists()
+
+
+def test_a_misaligned_base_is_copied_one_tensor_at_a_time(tmp_path, monkeypatch):
+    base = {f"w{i}": torch.randn(500) for i in range(8)}
+    new = {name: tensor + 1 for name, tensor in base.items()}
+    folder = saved(tmp_path / "a", base)
+    raw = (folder / "model.safetensors").read_bytes()
+    text = raw[8 : 8 + int.from_bytes(raw[:8], "little")].decode()
+    # One blank more, and no tensor is aligned.
+    start = (len(text) + 1).to_bytes(8, "little") + text.encode() + b" "
+    (folder / "model.safetensors").write_bytes(start + raw[8 + len(text) :])
+    delta = sf.SparseDelta.between(base, new)
+    at_once, seen, original = 0, [], Checkpoint.__getitem__
+
+    def watched(self, name):
+        nonlocal at_once
+        tensor = original(self, name)
+        seen.append(weakref.ref(tensor))
+        at_once = max(at_once, sum(reference() is not None for reference in seen))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "__getitem__", watched)
+    out = export(folder, delta, tmp_path / "out")
+    assert at_once <= 2
+    assert len(seen) >= 8
+    found = load_file(Path(out) / "model.safetensors")
+    for name, tensor in new.items():
+        assert_bits(found[name], tensor, name)
+    other = saved(tmp_path / "b", {n: t + 1 for n, t in base.items()})
+    with pytest.raises(sf.SFTError, match="made for another base model"):
+        export(other, delta, tmp_path / "no")
+
+
+def small():
+    return sf.SparseDelta.between({"w": torch.zeros(3)}, {"w": torch.ones(3)})
+
+
+@pytest.mark.parametrize("wrong", ["link", "config"])
+def test_the_files_beside_are_checked_before_a_weight_is_written(tmp_path, monkeypatch, wrong):
+    base = saved(tmp_path / "a", {"w": torch.zeros(3)})
+    if wrong == "link":
+        (base / "notes.txt").symlink_to("nowhere")
+    else:
+        (base / "config.json").write_text("{")
+
+    def none(*_):
+        raise AssertionError("a weight was written")
+
+    monkeypatch.setattr(checkpoints, "write_safetensors", none)
+    with pytest.raises(SFTFileError, match=r"notes\.txt: there is no|config\.json: is not valid"):
+        export(base, small(), tmp_path / "out", dtype=torch.bfloat16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
+    base = saved(tmp_path / "a", {"w": torch.zeros(3)})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(sf.SFTError, match="is the working folder"):
+        export(base, small(), ".")
+    assert os.listdir(".") == []
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(tmp_path / "disk"))
+    with pytest.raises(sf.SFTError, match="a file system is mounted"):
+        export(base, small(), tmp_path / "disk")
+
+
+def test_infinities_of_a_configuration_are_kept(tmp_path):
+    base = saved(tmp_path / "a", {"w": torch.zeros(3)})
+    (base / "config.json").write_text('{"limit": [0.0, Infinity], "torch_dtype": "float32"}')
+    out = Path(export(base, small(), tmp_path / "out", dtype=torch.bfloat16))
+    assert json.loads((out / "config.json").read_text()) == {
+        "limit": [0.0, float("inf")],
+        "torch_dtype": "bfloat16",
+    }
 
 
 def test_export_overwrites_nothing(tmp_path):

@@ -249,6 +249,16 @@ HOSTILE_ADAPTERS = {
     "integers": ({}, {f"{PREFIX}steps": torch.ones(3).long()}, "is no part of SHiRA"),
     "head": ({}, {f"{PREFIX}layers.0.weight": torch.ones(3)}, "both among the sparse tensors"),
     "revision": ({"revision": ["x"]}, {}, "base.revision"),
+    "module twice": (
+        {},
+        {key.removeprefix(PREFIX): tensor.clone() for key, tensor in GOOD.items()},
+        r"entries of 'layers\.0\.weight' twice",
+    ),
+    "head twice": (
+        {},
+        {"classifier.bias": torch.ones(3), f"{PREFIX}classifier.bias": torch.ones(3)},
+        r"the tensor 'classifier\.bias' twice",
+    ),
 }
 
 
