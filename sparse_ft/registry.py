@@ -606,9 +606,10 @@ class DeltaRegistry:
     def _check_model(self) -> None:
         if self._carrier.intact:
             return
-        lost, moved = self._carrier.lost(), self._carrier.moved()
-        for name in (*lost, *moved):
-            what = "is another one" if name in lost else "is at another address"
+        lost = self._carrier.lost()
+        if changed := [*lost, *self._carrier.moved()]:
+            name = changed[0]
+            what = "is another one" if lost else "is at another address"
             raise SFTError(
                 f"DeltaRegistry: the parameter {name!r} {what} than when the registry was made; "
                 "deactivate, bring the model to its final state, device and data type, and make "
