@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from sparse_ft_kernels import compose_
 from sparse_ft_kernels.contract import describe_unusable
 
+from .compose import among, canonical_order, weighed
 from .delta import SFTError, SparseDelta, _comparable, _digests, _same_bits, _tensors
 from .files import SFTFileError, parse_json
-from .merge import given
+from .merge import some
 from .metadata import check_name, short
 from .select import _chosen, select
 from .tiles import Support
@@ -554,7 +555,8 @@ def export(
             free; the message names it.
         ValueError: Weights or heads that do not fit the deltas.
     """
-    chosen, alphas, with_heads = _arguments(deltas, weights, heads)
+    chosen, alphas = weighed("export", some("export", deltas), weights)
+    with_heads = among("export", heads, chosen)
     if dtype is not None and dtype not in _WORKING:
         raise ValueError(f"export: dtype must be float32, bfloat16 or float16, got {dtype}")
     if max_shard_bytes < 1:
@@ -595,30 +597,6 @@ def check_fit(base: Checkpoint, delta: SparseDelta) -> None:
     _Plan(base, [delta], [1.0], [], None, False)
 
 
-def _arguments(
-    deltas: SparseDelta | Iterable[SparseDelta],
-    weights: Sequence[float] | None,
-    heads: SparseDelta | Iterable[SparseDelta],
-) -> tuple[list[SparseDelta], list[float], list[SparseDelta]]:
-    chosen = given("export", deltas)
-    alphas = [1.0] * len(chosen) if weights is None else [float(w) for w in weights]
-    if len(alphas) != len(chosen):
-        raise ValueError(f"export: {len(alphas)} weights for {len(chosen)} deltas")
-    for j, (delta, alpha) in enumerate(zip(chosen, alphas, strict=True)):
-        if not abs(alpha) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"export: weights[{j}] must be a finite fp32 number, got {alpha}")
-        if delta.kind != "diff":
-            raise SFTError(
-                f"export: deltas[{j}] is of kind {delta.kind!r}: it replaces values and cannot be "
-                "added"
-            )
-    with_heads = [heads] if isinstance(heads, SparseDelta) else list(heads)
-    for delta in with_heads:
-        if not any(delta is d for d in chosen):
-            raise ValueError("export: heads names a delta that is not among the deltas")
-    return chosen, alphas, with_heads
-
-
 _Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -642,7 +620,7 @@ class _Plan:
             self.groups |= {name: [owner, *further] for name in (owner, *further)}
         # Per tensor: the delta, its weight and its own name for the tensor, in canonical order.
         self.parts: dict[str, list[tuple[SparseDelta, float, str]]] = {}
-        for j in sorted(range(len(deltas)), key=lambda j: deltas[j].content_id):
+        for j in canonical_order([delta.content_id for delta in deltas], alphas):
             found = self._bind(j, deltas[j])
             if not allow_base_mismatch:
                 self._check_base(deltas[j], found)

@@ -499,10 +499,7 @@ class Composition(Applied):
     ) -> None:
         self.deltas = tuple(binding.delta for binding in bindings)
         ids = [delta.content_id for delta in self.deltas]
-        # Canonical order: the same bits whatever the order of the list.
-        order = list(range(len(ids)))
-        if compat is None:
-            order.sort(key=lambda j: (ids[j], weights[j]))
+        order = canonical_order(ids, weights) if compat is None else list(range(len(ids)))
         names = {id(p): name for name, p in named_parameters(model).items()}
         by_delta = {id(binding.delta): binding for binding in bindings}
         whole = [by_delta[id(delta)] for delta in heads]
@@ -595,6 +592,73 @@ def one_of_each(what: str, heads: Iterable[tuple[str, str]]) -> None:
             )
 
 
+def given(op: str, deltas: SparseDelta | Iterable[SparseDelta]) -> list[SparseDelta]:
+    """The deltas as a list.
+
+    Raises:
+        TypeError: One is something else.
+    """
+    if isinstance(deltas, (str, os.PathLike)):
+        raise TypeError(
+            f"{op}: deltas must be SparseDeltas, got {deltas!r}; pass SparseDelta.load of it"
+        )
+    chosen = [deltas] if isinstance(deltas, SparseDelta) else list(deltas)
+    for j, delta in enumerate(chosen):
+        if not isinstance(delta, SparseDelta):
+            raise TypeError(
+                f"{op}: deltas[{j}] must be a SparseDelta, got {type(delta).__name__}; "
+                "SparseDelta.load reads a file"
+            )
+    return chosen
+
+
+def weighed(
+    op: str, deltas: list[SparseDelta], weights: Sequence[float] | None
+) -> tuple[list[SparseDelta], list[float]]:
+    """The deltas, which can be added, and the weight of each.
+
+    Raises:
+        SFTError: A delta is no difference.
+        TypeError: `weights` is no list.
+        ValueError: There are more or fewer weights than deltas, or one is no finite fp32 number.
+    """
+    if weights is not None and not isinstance(weights, Iterable):
+        raise TypeError(
+            f"{op}: weights must be a list of one number for each delta, got {weights!r}"
+        )
+    alphas = [1.0] * len(deltas) if weights is None else [float(w) for w in weights]
+    if len(alphas) != len(deltas):
+        raise ValueError(f"{op}: {len(alphas)} weights for {len(deltas)} deltas")
+    for j, (delta, alpha) in enumerate(zip(deltas, alphas, strict=True)):
+        check_alpha(f"{op}: weights[{j}]", alpha)
+        if delta.kind != "diff":
+            raise SFTError(
+                f"{op}: deltas[{j}] is of kind {delta.kind!r}: it replaces values and cannot be "
+                "added"
+            )
+    return deltas, alphas
+
+
+def among(
+    op: str, heads: SparseDelta | Iterable[SparseDelta], deltas: Sequence[SparseDelta]
+) -> list[SparseDelta]:
+    """The deltas whose heads are wanted, as a list.
+
+    Raises:
+        ValueError: One is not among the deltas.
+    """
+    wanted = [heads] if isinstance(heads, SparseDelta) else list(heads)
+    for delta in wanted:
+        if not any(delta is d for d in deltas):
+            raise ValueError(f"{op}: heads names a delta that is not among the deltas")
+    return wanted
+
+
+def canonical_order(ids: Sequence[str], alphas: Sequence[float]) -> list[int]:
+    """The order in which weighted deltas are added: the same bits whatever the order of a list."""
+    return sorted(range(len(ids)), key=lambda j: (ids[j], alphas[j]))
+
+
 def check_alpha(what: str, alpha: float) -> None:
     """Refuses a weight that is no finite fp32 number."""
     if not abs(alpha) <= torch.finfo(torch.float32).max:
@@ -673,30 +737,8 @@ def compose(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compose: model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(deltas, (str, os.PathLike)):
-        raise TypeError(
-            f"compose: deltas must be SparseDeltas, got {deltas!r}; pass SparseDelta.load of it"
-        )
-    chosen = [deltas] if isinstance(deltas, SparseDelta) else list(deltas)
-    for j, delta in enumerate(chosen):
-        if not isinstance(delta, SparseDelta):
-            raise TypeError(
-                f"compose: deltas[{j}] must be a SparseDelta, got {type(delta).__name__}; "
-                "SparseDelta.load reads a file"
-            )
-    if weights is not None and not isinstance(weights, Iterable):
-        raise TypeError(
-            f"compose: weights must be a list of one number for each delta, got {weights!r}"
-        )
-    alphas = [1.0] * len(chosen) if weights is None else [float(w) for w in weights]
-    if len(alphas) != len(chosen):
-        raise ValueError(f"compose: {len(alphas)} weights for {len(chosen)} deltas")
-    for j, alpha in enumerate(alphas):
-        check_alpha(f"compose: weights[{j}]", alpha)
-    with_heads = [heads] if isinstance(heads, SparseDelta) else list(heads)
-    for delta in with_heads:
-        if not any(delta is d for d in chosen):
-            raise ValueError("compose: heads names a delta that is not among the deltas")
+    chosen, alphas = weighed("compose", given("compose", deltas), weights)
+    with_heads = among("compose", heads, chosen)
     if compat not in (None, "sequential"):
         raise ValueError(f'compose: compat must be None or "sequential", got {compat!r}')
     if (other := active(model)) is not None:
@@ -704,11 +746,6 @@ def compose(
             f"compose: {other!r} is on this model already; restore it first, or pass all deltas "
             "in one call"
         )
-    for delta in chosen:
-        if delta.kind != "diff":
-            raise SFTError(
-                f"compose: a delta of kind {delta.kind!r} replaces values and cannot be added"
-            )
     bindings = [
         delta.bind(model, key_map=key_map, unused=unused, allow_base_mismatch=allow_base_mismatch)
         for delta in chosen

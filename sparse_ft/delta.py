@@ -430,8 +430,8 @@ class SparseDelta:
         message: str = "Upload a sparse fine-tuning",
         token: str | bool | None = None,
     ) -> str:
-        """Uploads the delta and a model card to a repository of the Hugging Face Hub, which is made
-        if it is not there.
+        """Uploads the delta to a repository of the Hugging Face Hub, which is made if it is not
+        there; with a model card, unless it has one.
 
         Args:
             repo_id: "owner/name".

@@ -406,6 +406,25 @@ def _of_this_version(meta: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def open_regular(path: str, advice: str) -> tuple[int, int]:
+    """A descriptor of a regular file, for reading, and its size.
+
+    Raises:
+        SFTFileError: It cannot be opened, or is something else; the message ends with the advice.
+    """
+    try:
+        # Not blocking: opening a pipe would wait for a writer.
+        flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, os.O_RDONLY | flags)
+    except OSError as error:
+        raise SFTFileError(f"{path}: cannot be opened: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise SFTFileError(f"{path}: is not a regular file; {advice}")
+    return descriptor, status.st_size
+
+
 class _Reader:
     """One reading of one file. Rules are numbered as in docs/file-format.md."""
 
@@ -420,18 +439,8 @@ class _Reader:
         raise SFTFileError(f"{self.path}: {message}{self.note}")
 
     def read(self) -> SparseDelta:
-        try:
-            # Not blocking: opening a pipe would wait for a writer.
-            flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-            descriptor = os.open(self.path, os.O_RDONLY | flags)
-        except OSError as error:
-            raise SFTFileError(f"{self.path}: cannot be opened: {error.strerror}") from error
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            self.fail("is not a regular file; give a file, or a folder that holds one")
+        descriptor, self.size = open_regular(self.path, "give a file, or a folder that holds one")
         with open(descriptor, "rb", buffering=0) as file:
-            self.size = status.st_size
             if self.size > self.max_bytes:
                 self.fail(
                     f"is {self.size:,} bytes long, and max_bytes = {self.max_bytes:,}; "

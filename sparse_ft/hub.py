@@ -147,24 +147,8 @@ def push(
     message: str = "Upload a sparse fine-tuning",
     token: str | bool | None = None,
 ) -> str:
-    """Uploads an SFT and a model card in one commit; the repository is made if it is not there.
-
-    A model card that the repository has already is left alone.
-
-    Args:
-        delta: The SFT.
-        repo_id: Where to, such as "me/xlmr-sw-sft".
-        revision: The branch; default: main.
-        private: Whether a new repository is private; default: what your account says.
-        message: The commit's message.
-        token: As huggingface_hub takes it; default: the one that you logged in with.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        SFTError: The delta is malformed. Nothing was sent.
-        OSError: The Hub refused, or cannot be reached; what huggingface_hub raised.
+    """What `SparseDelta.push_to_hub` does: one commit with the file and a model card. A card that
+    the repository has already is left alone.
     """
     hub = _hub("SparseDelta.push_to_hub")
     api = hub.HfApi(token=token, library_name="sparse_ft", library_version=__version__)

@@ -22,7 +22,7 @@ from sparse_ft_kernels import merge as merge_entries
 from sparse_ft_kernels import reduce as reduce_entries
 from sparse_ft_kernels.reference import mix, shift, signed
 
-from .compose import placed
+from .compose import among, canonical_order, given, placed, weighed
 from .delta import SFTError, SparseDelta
 from .tiles import Layout, Support
 
@@ -517,31 +517,20 @@ def merge(
             sum is beyond fp32.
         ValueError: No deltas, an unknown rule or option, or a value or weights that do not fit.
     """
-    chosen = given("merge", deltas)
+    chosen = some("merge", deltas)
     if rule not in RULES:
         raise ValueError(f"merge: unknown rule {rule!r}; there are {', '.join(sorted(RULES))}")
     options = RULES[rule].options(rule, options)
-    alphas = [1.0] * len(chosen) if weights is None else [float(w) for w in weights]
-    if len(alphas) != len(chosen):
-        raise ValueError(f"merge: {len(alphas)} weights for {len(chosen)} deltas")
-    for j, alpha in enumerate(alphas):
-        if not abs(alpha) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"merge: weights[{j}] must be a finite fp32 number, got {alpha}")
-    if heads is not None and not any(heads is d for d in chosen):
-        raise ValueError("merge: heads is not among the deltas")
-    for j, delta in enumerate(chosen):
-        if delta.kind != "diff":
-            raise SFTError(
-                f"merge: deltas[{j}] is of kind {delta.kind!r}: it replaces values and cannot be "
-                "added"
-            )
+    chosen, alphas = weighed("merge", chosen, weights)
+    if heads is not None:
+        among("merge", heads, chosen)
     names = shared_names("merge", chosen)
     union = union_layout("merge", chosen, names)
     common = _common(chosen, names)
     base_values = None if base is None else _base_values(chosen, base)
     order = list(range(len(chosen)))
     if not RULES[rule].ordered:
-        order.sort(key=lambda j: (chosen[j].content_id, alphas[j]))
+        order = canonical_order([delta.content_id for delta in chosen], alphas)
     device = chosen[0].device
     own = [renamed(chosen[j], names[j], device) for j in order]
     wide = [support.expand(union) for support, _ in own]
@@ -571,19 +560,15 @@ def merge(
     return merged if base_values is None else _with_digest(merged, base_values)
 
 
-def given(op: str, deltas: SparseDelta | Iterable[SparseDelta]) -> list[SparseDelta]:
-    """The deltas as a list.
+def some(op: str, deltas: SparseDelta | Iterable[SparseDelta]) -> list[SparseDelta]:
+    """At least one delta, as a list.
 
     Raises:
-        ValueError: There are none.
         TypeError: One is something else.
+        ValueError: There are none.
     """
-    chosen = [deltas] if isinstance(deltas, SparseDelta) else list(deltas)
-    if not chosen:
+    if not (chosen := given(op, deltas)):
         raise ValueError(f"{op}: no deltas given")
-    for j, delta in enumerate(chosen):
-        if not isinstance(delta, SparseDelta):
-            raise TypeError(f"{op}: deltas[{j}] must be a SparseDelta, got {type(delta).__name__}")
     return chosen
 
 

@@ -17,7 +17,7 @@ import torch
 from sparse_ft_kernels import overlap as overlap_entries
 
 from .delta import SparseDelta
-from .merge import given, renamed, shared_names, union_layout
+from .merge import renamed, shared_names, some, union_layout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -471,7 +471,7 @@ def overlap(
         SFTError: The deltas disagree about a tensor's shape.
         ValueError: No deltas, or names that do not fit.
     """
-    chosen = given("overlap", deltas)
+    chosen = some("overlap", deltas)
     labels = _labels(chosen, names)
     shared = shared_names("overlap", chosen)
     union = union_layout("overlap", chosen, shared)

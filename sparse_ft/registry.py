@@ -27,6 +27,7 @@ from .compose import (
     Part,
     active,
     by_kind,
+    canonical_order,
     cast_head,
     check_alpha,
     one_of_each,
@@ -682,8 +683,9 @@ class DeltaRegistry:
         for value in values.values():
             _wait_for(value)
         groups = [Group(layout, weights) for layout, weights in self._sites.values()]
-        # Canonical order: the same bits whatever the order of the list.
-        for entry, alpha in sorted(terms, key=lambda term: (term[0].content_id, term[1])):
+        ids = [entry.content_id for entry, _ in terms]
+        for j in canonical_order(ids, [alpha for _, alpha in terms]):
+            entry, alpha = terms[j]
             if alpha:
                 for kind, group in zip(self._sites, groups, strict=True):
                     if kind in values[entry].parts:

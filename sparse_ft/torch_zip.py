@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import MAX_BYTES, MAX_DIMS, MAX_NUMEL, SFTFileError
+from .files import MAX_BYTES, MAX_DIMS, MAX_NUMEL, SFTFileError, open_regular
 from .metadata import short
 
 __all__ = ["load"]
@@ -104,18 +103,8 @@ class _Archive:
         self.storages: dict[str, tuple[torch.dtype, Tensor]] = {}
         if "\0" in path:
             raise SFTFileError(f"{path!r}: a path has no NUL character")
-        try:
-            # Not blocking: opening a pipe would wait for a writer.
-            flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-            descriptor = os.open(path, os.O_RDONLY | flags)
-        except OSError as error:
-            raise SFTFileError(f"{path}: cannot be opened: {error.strerror}") from error
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            self.fail("is not a regular file")
+        descriptor, self.size = open_regular(path, "give a file that torch.save wrote")
         with open(descriptor, "rb", buffering=0) as file:
-            self.size = status.st_size
             if self.size > max_bytes:
                 self.fail(f"is {self.size:,} bytes long, and max_bytes = {max_bytes:,}")
             if self.size < _END.size:

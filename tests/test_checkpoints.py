@@ -5,6 +5,7 @@ import copy
 import errno
 import fnmatch
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -953,6 +954,18 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, moment):
     assert calls
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert {p.name: p.read_bytes() for p in base.iterdir()} == before
+
+
+def test_one_delta_with_several_weights_is_added_in_the_order_of_compose(tmp_path):
+    model = Model()
+    base = saved(tmp_path / "a", weights_of(model), 1)
+    # The sum of these terms rounds by their order.
+    delta, weights = sf.SparseDelta.between(model, tuned(model, 1)), [0.7, -0.3, 0.1]
+    expected = composed(model, [delta] * 3, weights)
+    for n, order in enumerate(itertools.permutations(weights)):
+        out = export(base, [delta] * 3, tmp_path / f"out{n}", weights=order)
+        for name, tensor in Checkpoint(out).items():
+            assert_bits(tensor, expected[name], name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

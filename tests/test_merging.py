@@ -132,7 +132,7 @@ def test_what_a_merged_delta_says_of_itself():
     assert set(with_heads.heads) == {"head.weight", "head.bias"}
     for n, head in with_heads.heads.items():
         assert_bits(head, b.heads[n], n)
-    with pytest.raises(ValueError, match="heads is not among"):
+    with pytest.raises(ValueError, match="merge: heads names a delta that is not among"):
         sf.merge([a], heads=b)
 
 
@@ -537,11 +537,13 @@ def test_rules_add_deltas_with_disjoint_supports(rule, options):
     assert_bits(merged.val, whole.val / 3 if rule == "mean" else whole.val)
 
 
-@pytest.mark.parametrize(("rule", "options"), [*NEUTRAL, *DROPPING], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [case for case in (*NEUTRAL, *DROPPING) if not RULES[case[0]].ordered],
+    ids=str,
+)
 def test_rules_do_not_depend_on_the_order(rule, options):
     """Also where one delta is given three times, each time with another weight."""
-    if RULES[rule].ordered:
-        pytest.skip("it does")
     a, b = sparse(1), sparse(2, dtype=torch.bfloat16)
     pairs = [(a, 1.0), (b, -0.3), (a, 0.1), (a, 0.7)]
     first = sf.merge(*zip(*pairs, strict=True), rule=rule, **options)

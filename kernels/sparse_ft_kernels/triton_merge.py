@@ -123,6 +123,15 @@ def _ptr_kernel(
 
 
 @triton.jit
+def own_place(row, start_ptr, e, mine, ALIGNED: tl.constexpr):
+    """Where in the result a delta's entries stand, those of it alone counted."""
+    running_ptr = tl.load(row + UNDO).to(tl.pointer_type(tl.int16))
+    if ALIGNED:
+        running_ptr = tl.multiple_of(running_ptr, 16)
+    return tl.load(running_ptr + e, mask=mine, other=1).to(tl.int64) - 1 + tl.load(start_ptr)
+
+
+@triton.jit
 def _fill_block(
     table_ptr,
     count,
@@ -145,11 +154,7 @@ def _fill_block(
     tile, offset = own_entries(row, block, e, mine, ALIGNED)
     # + 0 turns a term of -0 into +0, as a sum that starts from +0 is.
     acc = term(row, e, mine, CODES, ALIGNED) + 0.0
-    running_ptr = tl.load(row + UNDO).to(tl.pointer_type(tl.int16))
-    if ALIGNED:
-        running_ptr = tl.multiple_of(running_ptr, 16)
-    place = tl.load(running_ptr + e, mask=mine, other=1).to(tl.int64) - 1
-    place += tl.load(starts_ptr + delta.to(tl.int64) * (most + 1) + block)
+    place = own_place(row, starts_ptr + delta.to(tl.int64) * (most + 1) + block, e, mine, ALIGNED)
     if MANY:
         i = delta * 0
         while i < count:

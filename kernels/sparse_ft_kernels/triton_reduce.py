@@ -27,14 +27,13 @@ from .triton_compose import (
     BLOCK,
     FIELDS,
     NUM_WARPS_MANY,
-    UNDO,
     deal,
     look_up,
     own_entries,
     present,
     term,
 )
-from .triton_merge import Union, owned_before
+from .triton_merge import Union, own_place, owned_before
 
 
 @triton.jit
@@ -81,11 +80,7 @@ def _reduce_block(
     n_present = tl.full([BLOCK], 1, tl.int16)
     n_positive = (x > 0).to(tl.int16)
     n_negative = (x < 0).to(tl.int16)
-    running_ptr = tl.load(row + UNDO).to(tl.pointer_type(tl.int16))
-    if ALIGNED:
-        running_ptr = tl.multiple_of(running_ptr, 16)
-    place = tl.load(running_ptr + e, mask=mine, other=1).to(tl.int64) - 1
-    place += tl.load(starts_ptr + delta.to(tl.int64) * (most + 1) + block)
+    place = own_place(row, starts_ptr + delta.to(tl.int64) * (most + 1) + block, e, mine, ALIGNED)
     if MANY:
         i = delta * 0
         while i < count:
