@@ -14,7 +14,8 @@ from .checkpoints import diff, export
 from .compose import Composition, compose
 from .delta import SFTError, SparseDelta
 from .families import decouple_output_embeddings, freeze_norms
-from .lottery import LotteryTicket
+from .loop import Length, Loop
+from .lottery import LotteryTicket, TrainingDiverged
 from .merge import merge
 from .optim import MaskedAdamW
 from .overlap import overlap
@@ -27,11 +28,14 @@ __all__ = [
     "Composition",
     "DeltaRegistry",
     "Layout",
+    "Length",
+    "Loop",
     "LotteryTicket",
     "MaskedAdamW",
     "SFTError",
     "SparseDelta",
     "Support",
+    "TrainingDiverged",
     "__version__",
     "compose",
     "decouple_output_embeddings",

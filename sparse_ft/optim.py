@@ -472,6 +472,29 @@ class MaskedAdamW(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
+    def start_from(self, values: Tensor) -> None:
+        """Sets δ of every selected entry, and the weights with it; the moments stay as they are.
+
+        Args:
+            values: fp32 [support.nnz], in the order of the support.
+
+        Raises:
+            ValueError: It has another data type or length.
+        """
+        if values.dtype != torch.float32 or tuple(values.shape) != (self.support.nnz,):
+            raise ValueError(
+                f"MaskedAdamW.start_from: values must be float32 of shape ({self.support.nnz},), "
+                f"got {values.dtype} of shape {tuple(values.shape)}"
+            )
+        for _, unit in self._units:
+            if unit.head:
+                continue
+            for name in unit.names:
+                mine = values[self.support.entries_of(name)]
+                unit.delta[unit.support.entries_of(name)] = mine.to(unit.delta.device)
+            _write(unit)
+
+    @torch.no_grad()
     def holds(self, model: nn.Module | None = None) -> bool:
         """Whether the weights are where the last step left them: w = round(θ0 + δ) at every tuned
         entry, and (where a model is given) they are still that model's parameters."""

@@ -130,7 +130,7 @@ def test_both_phases(dtype, gather):
     same(model, before)
     assert delta.meta["task"] == "ner"
     recipe = {"method": "LT-SFT", "criterion": "magnitude", "k_requested": 300, "seed": 0}
-    assert delta.meta["recipe"] == {**recipe, "l1": 0.1, "eps": 0.0}
+    assert delta.meta["recipe"] == {**recipe, "l1": 0.1, "eps": 0.0, "iterations": 1}
     assert "trained_on" not in delta.meta
 
 

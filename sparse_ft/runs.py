@@ -1,0 +1,331 @@
+"""Runs on disk: the folder from which training continues after it was stopped at any moment.
+
+`run.json` names the files that hold the state. A new state is written into new files first, then
+`run.json` is replaced in one step, then the old files go: whatever moment the process dies at, the
+folder holds one whole state. Tensors lie in safetensors files, all else is JSON; nothing is
+pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .checkpoints import read_json, write_json, write_safetensors
+from .files import SFTFileError, canonical, new_file, parse_json
+
+__all__ = ["Run", "random_state", "random_state_kept", "set_random_state"]
+
+NAME = "run.json"
+FORMAT = {"format": "sparse_ft.run", "version": 1}
+_OWN = re.compile(r"run-[a-z]+-[0-9]+\.safetensors|\.[0-9a-f]{16}\.tmp")
+# Beside the tensors: names, the tree, the directory's own blocks.
+_SLACK = 1 << 20
+
+
+# --- random state -------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the generators that training draws from: Python's, NumPy's, torch's, CUDA's."""
+    kind, key, *rest = np.random.get_state()  # noqa: NPY002  (what data collators draw from)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, np.asarray(key).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        # A device that was never used has drawn nothing.
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Puts a `random_state` back."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(value, device)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever is drawn inside counts as not drawn."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+# --- trees of tensors ---------------------------------------------------------------------------
+
+
+def _encoded(tree: Any, tensors: list[Tensor], at: str) -> Any:
+    """A tree as JSON: tensors by their number, what JSON lacks as an object with one key."""
+    if tree is None or isinstance(tree, (bool, int, str)):
+        return tree
+    if isinstance(tree, np.generic):
+        return _encoded(tree.item(), tensors, at)
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else {"float": repr(tree)}
+    if isinstance(tree, Tensor):
+        tensors.append(tree.detach())
+        return {"tensor": len(tensors) - 1}
+    if isinstance(tree, (list, tuple)):
+        items = [_encoded(item, tensors, f"{at}[{i}]") for i, item in enumerate(tree)]
+        return {"tuple": items} if isinstance(tree, tuple) else items
+    if isinstance(tree, Mapping):
+        pairs = []
+        for key, value in tree.items():
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"{at}: a key of type {type(key).__name__} cannot be stored")
+            pairs.append([key, _encoded(value, tensors, f"{at}[{key!r}]")])
+        return {"dict": pairs}
+    raise TypeError(
+        f"{at}: a {type(tree).__name__} cannot be stored; tensors, numbers, texts, lists, tuples "
+        "and dictionaries of them can"
+    )
+
+
+def _decoded(tree: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_decoded(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float":
+        return float(content)
+    if kind == "tuple":
+        return tuple(_decoded(content, tensors))
+    return {key: _decoded(value, tensors) for key, value in content}
+
+
+def write_tree(path: str, tree: Any) -> None:
+    """Writes a tree of tensors, numbers, texts, lists, tuples and dictionaries to a new file.
+
+    Raises:
+        TypeError: Something else is in it; the message says where.
+        OSError: The file cannot be written; what was written of it is gone.
+    """
+    tensors: list[Tensor] = []
+    text = json.dumps(_encoded(tree, tensors, os.path.basename(path)), separators=(",", ":"))
+    numbered = {str(i): tensor for i, tensor in enumerate(tensors)}
+    needed = sum(t.numel() * t.itemsize for t in tensors) + len(text) + _SLACK
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    try:
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
+        write_safetensors(
+            path,
+            {name: (t.dtype, tuple(t.shape)) for name, t in numbered.items()},
+            lambda name: numbered[name].cpu(),
+            {"tree": text},
+        )
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise OSError(
+            error.errno,
+            f"the state of the run could not be written ({error.strerror}); the state before it is "
+            "whole, so make room and start the run again: it continues from there",
+            path,
+        ) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def read_tree(path: str) -> Any:
+    """What `write_tree` wrote, in memory of its own.
+
+    Raises:
+        SFTFileError: It is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {})["tree"]
+            # Copies: a mapped tensor would hold the file, which the next state replaces.
+            tensors = [file.get_tensor(str(i)).clone() for i in range(len(file.keys()))]
+        return _decoded(parse_json(path, text), tensors)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+        raise SFTFileError(f"{path}: is not the state of a run: {error}") from error
+
+
+# --- the folder ---------------------------------------------------------------------------------
+
+
+class Run:
+    """The folder of one run: its settings, how far it is, and its state.
+
+    Args:
+        folder: Where the run is or shall be; made if it is not there.
+        settings: What decides the result, as JSON values. A run goes on only with the same.
+        fresh: Start over, whatever is there.
+
+    Attributes:
+        progress: How far the run is, as its owner recorded it; empty at the beginning.
+
+    Raises:
+        ValueError: The folder holds a run with other settings; the message says which.
+        SFTFileError: It holds something that is not a run of this version.
+        OSError: It cannot be made, or another process works in it.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], settings: Mapping[str, Any], fresh: bool = False
+    ) -> None:
+        self.folder = os.path.abspath(os.fsdecode(folder))
+        os.makedirs(self.folder, exist_ok=True)
+        self._lock = _locked(self.folder)
+        self.progress: dict[str, Any] = {}
+        self._files: dict[str, str] = {}
+        self._settings = parse_json("settings", canonical(settings))
+        try:
+            if os.path.exists(self._path(NAME)) and not fresh:
+                self._open()
+            elif fresh:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path(NAME))
+            self._sweep()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        path = self._path(NAME)
+        document = read_json(path)
+        if {key: document.get(key) for key in FORMAT} != FORMAT:
+            raise SFTFileError(f"{path}: is not a run of this version; name another folder")
+        if changes := _differences(document["settings"], self._settings):
+            raise ValueError(
+                f"{self.folder}: holds a run with other settings: {'; '.join(changes[:5])}"
+                + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+                + ". Give it those settings, name another folder, or start over with fresh=True"
+            )
+        self.progress, self._files = document["progress"], document["files"]
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def path(self, kind: str) -> str | None:
+        """The file of one part of the state; None where there is none."""
+        return self._path(self._files[kind]) if kind in self._files else None
+
+    def new_path(self, kind: str) -> str:
+        """A path for a new file of one part; it counts from the next `commit` on."""
+        taken = [int(n.split("-")[2].split(".")[0]) for n in self._own() if n[0] != "."]
+        self._files[kind] = f"run-{kind}-{max(taken, default=0) + 1}.safetensors"
+        return self._path(self._files[kind])
+
+    def write(self, kind: str, tree: Any) -> None:
+        """Writes one part of the state; it counts from the next `commit` on."""
+        before = dict(self._files)
+        try:
+            write_tree(self.new_path(kind), tree)
+        except BaseException:
+            self._files = before
+            raise
+
+    def read(self, kind: str) -> Any:
+        """One part of the state; None where there is none."""
+        path = self.path(kind)
+        return None if path is None else read_tree(path)
+
+    def drop(self, *kinds: str) -> None:
+        """Forgets parts of the state, from the next `commit` on."""
+        for kind in kinds:
+            self._files.pop(kind, None)
+
+    def commit(self, **progress: Any) -> None:
+        """Makes what was written the state of the run, in one step."""
+        document = {
+            **FORMAT,
+            "progress": {**self.progress, **progress},
+            "files": self._files,
+            "settings": self._settings,
+        }
+        # The new files' names are on the disk before run.json names them.
+        _sync(self.folder)
+        with new_file("Run.commit", self._path(NAME)) as temporary:
+            write_json(temporary, document)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        _sync(self.folder)
+        self.progress = document["progress"]
+        self._sweep()
+
+    def _own(self) -> list[str]:
+        return [name for name in os.listdir(self.folder) if _OWN.fullmatch(name)]
+
+    def _sweep(self) -> None:
+        """Removes the files that no state names any more."""
+        for name in set(self._own()) - set(self._files.values()):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(name))
+
+    def close(self) -> None:
+        """Lets other processes work in the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _locked(folder: str) -> int | None:
+    """A lock on the folder that ends with the process; None where the system has none."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OSError(
+            errno.EAGAIN, "another process works on this run; wait for it, or name another", folder
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(lock)
+        return None
+    return lock
+
+
+def _sync(folder: str) -> None:
+    with contextlib.suppress(OSError):  # not every system opens folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _differences(stored: Any, given: Any, at: str = "") -> list[str]:
+    """What differs between two JSON documents, one line each."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        out = []
+        for key in sorted(stored.keys() | given.keys()):
+            out += _differences(stored.get(key), given.get(key), f"{at}.{key}" if at else key)
+        return out
+    return [] if stored == given else [f"{at} was {_brief(stored)} and is {_brief(given)}"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"
