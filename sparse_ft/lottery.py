@@ -194,6 +194,8 @@ class LotteryTicket:
         try:
             if run is not None and run.progress.get("done"):
                 return SparseDelta.load(run.folder)
+            if run is not None and not run.progress and not fresh:
+                _check_free(run.folder)
             return self._kept(train, Shared(run, save_every, progress), meta)
         finally:
             if run is not None:
@@ -360,7 +362,6 @@ class LotteryTicket:
     def _settings(self, train: Callable[[Phase], Any], meta: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the result of a run, as JSON values."""
         parameters = named_parameters(self.model)
-        heads = set(self._heads())
         return {
             **self._recipe(),
             "l1_numel": self.l1_numel,
@@ -370,11 +371,15 @@ class LotteryTicket:
             "include": _fingerprint(self.include),
             "meta": dict(meta),
             "training": getattr(train, "settings", None),
-            "eligible": sorted(self.eligible),
-            "heads": sorted(heads),
-            "shapes": {n: [str(p.dtype), *p.shape] for n, p in parameters.items()},
-            "values": {n: _hash(p) for n, p in parameters.items() if n not in heads},
+            **{f"parameter {n!r}": self._described(n, p) for n, p in parameters.items()},
         }
+
+    def _described(self, name: str, parameter: nn.Parameter) -> str:
+        what = f"{parameter.dtype} {list(parameter.shape)}"
+        if name not in self.eligible and parameter.requires_grad:
+            return f"{what}, a head"  # which the run brings itself
+        role = "eligible" if name in self.eligible else "frozen"
+        return f"{what}, {role}, values {_hash(parameter)[:16]}"
 
     def _recipe(self) -> dict[str, Any]:
         recipe = getattr(self.criterion, "recipe", None)
@@ -398,7 +403,7 @@ class LotteryTicket:
         composition: Applied | None,
         meta: dict[str, Any],
     ) -> SparseDelta:
-        meta = {"recipe": self._recipe(), **meta}
+        meta = {**meta, "recipe": {**self._recipe(), **meta.get("recipe", {})}}
         if composition is not None:
             meta.setdefault(
                 "trained_on",
@@ -433,6 +438,14 @@ class LotteryTicket:
                 "digest_bf16": f"{half & mask:016x}",
             }
         return delta
+
+
+def _check_free(folder: str) -> None:
+    if os.path.lexists(os.path.join(folder, FILE_NAME)):
+        raise ValueError(
+            f"LotteryTicket.fit: {folder} holds {FILE_NAME}, which no run there has made; name "
+            "another folder, or have it replaced with fresh=True"
+        )
 
 
 def _needs_training(criterion: Any) -> bool:

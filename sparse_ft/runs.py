@@ -323,9 +323,11 @@ def _differences(stored: Any, given: Any, at: str = "") -> list[str]:
         for key in sorted(stored.keys() | given.keys()):
             out += _differences(stored.get(key), given.get(key), f"{at}.{key}" if at else key)
         return out
-    return [] if stored == given else [f"{at} was {_brief(stored)} and is {_brief(given)}"]
+    if stored == given:
+        return []
+    return [f"{at} was {_brief(stored)} and is {_brief(given)}"]
 
 
 def _brief(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return text if len(text) <= 100 else text[:99] + "…"
