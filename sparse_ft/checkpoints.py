@@ -131,6 +131,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._where)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The files are opened again.
+        return Checkpoint, (self.path,)
+
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, {len(self)} tensors in {len(self.files)} files)"
 
@@ -405,12 +409,13 @@ def diff(
         if not (k is None and density is None):
             compared = _comparable(before, after, {}, whole)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "select: only")
+                warnings.filterwarnings("ignore", "select: ")
                 support = select(
                     {name: after[name] for name in compared},
                     {name: before[name] for name in compared},
                     k=k,
                     density=density,
+                    fill=True,
                 )
             recipe |= {"criterion": "magnitude", "k_requested": support.nnz}
             if support.info["threshold"] == 0.0:

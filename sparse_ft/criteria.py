@@ -1,15 +1,54 @@
-"""Selection criteria: how entries are ranked. One decorated function each."""
+"""Selection criteria: by what the entries of a model are ranked. One function each, which gives a
+`Criterion`; those that need no argument are known by name as well.
+
+Scores are computed tensor by tensor, and of them only the candidates for the K largest are kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+import random as python_random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import Any, TypeVar
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from sparse_ft_kernels import select_random, select_topk
 
-__all__ = ["CRITERIA", "Candidates", "Choice", "criterion", "largest"]
+from .delta import SparseDelta
+from .denoise import check_options, denoise
+from .families import backbone, named_parameters
+from .tiles import Layout, Support
+from .topk import TopK
+
+__all__ = [
+    "CRITERIA",
+    "Candidates",
+    "Choice",
+    "Criterion",
+    "as_criterion",
+    "bias",
+    "calibrate",
+    "denoised",
+    "fisher",
+    "given",
+    "gradient",
+    "magnitude",
+    "random",
+    "snip",
+    "weight",
+]
+
+Score = Callable[[str, Tensor, Tensor | None], Tensor]
+# idx, ptr, the info vector of select_topk where entries were ranked, and what else is to be told.
+Choice = tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]
+_F = TypeVar("_F", bound=Callable[..., "Criterion"])
 
 
 @dataclass(frozen=True)
@@ -19,64 +58,515 @@ class Candidates:
     Args:
         names: Names of the eligible tensors, in canonical order.
         current: Their values now.
-        start: Their values at the start; empty where there is no start.
+        start: Their values at the start, read when they are asked for; None where there are none.
         k: Entries to choose.
         exclude: idx and ptr of entries that must not be chosen.
         seed: For criteria that draw at random.
         tie: "index" or "all".
+        embeddings: Those of the names that are embeddings.
     """
 
     names: Sequence[str]
     current: Sequence[Tensor]
-    start: Sequence[Tensor]
+    start: Sequence[Tensor] | None
     k: int
     exclude: tuple[Tensor, Tensor] | None
     seed: int
     tie: str
+    embeddings: frozenset[str] = frozenset()
+
+    @property
+    def device(self) -> torch.device:
+        return self.current[0].device
+
+    def beginnings(self, criterion: str) -> Sequence[Tensor]:
+        """The values at the start.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.start is None:
+            raise ValueError(
+                f'select: criterion "{criterion}" needs theta0, the values at the start'
+            )
+        return self.start
+
+    def largest(self, scores: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of largest |score|, of which one tensor's are held at a time."""
+        top = TopK(self.k, self.tie, self.exclude, self.device)
+        for score in scores:
+            top.add(score)
+        return top.result()
 
 
-# idx, ptr, and the info vector of select_topk where there is one.
-Choice = tuple[Tensor, Tensor, Tensor | None]
-CRITERIA: dict[str, Callable[[Candidates], Choice]] = {}
+@dataclass(frozen=True)
+class Criterion:
+    """A way to choose entries.
+
+    Args:
+        name: Its name.
+        choose: Chooses `candidates.k` of them; None where `fixed` does it.
+        needs_training: Does full tuning have to come first?
+        settings: What `recipe` says besides the name, as JSON holds it.
+        fixed: Which entries of a layout the criterion takes, whatever their values; K is theirs.
+    """
+
+    name: str
+    choose: Callable[[Candidates], Choice] | None = field(default=None, repr=False, compare=False)
+    needs_training: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Callable[[Layout], Support] | None = field(default=None, repr=False, compare=False)
+
+    def recipe(self) -> dict[str, Any]:
+        """What the metadata of an SFT says of it: "criterion", its "method" where that has a name,
+        and its settings."""
+        return {"criterion": self.name, **self.settings}
 
 
-def criterion(
-    name: str,
-) -> Callable[[Callable[[Candidates], Choice]], Callable[[Candidates], Choice]]:
-    """Registers a criterion under a name."""
-
-    def register(function: Callable[[Candidates], Choice]) -> Callable[[Candidates], Choice]:
-        CRITERIA[name] = function
-        return function
-
-    return register
+CRITERIA: dict[str, Callable[[], Criterion]] = {}
 
 
-def largest(candidates: Candidates) -> Choice:
-    """The entries with the largest |current − start|, or |current| where there is no start."""
-    return select_topk(
-        candidates.current,
-        candidates.start,
-        k=candidates.k,
-        exclude=candidates.exclude,
-        tie=candidates.tie,
-    )
+def criterion(factory: _F) -> _F:
+    """Makes a criterion that needs no argument known by its name."""
+    CRITERIA[factory.__name__] = factory
+    return factory
 
 
-@criterion("magnitude")
-def magnitude(candidates: Candidates) -> Choice:
+def as_criterion(what: str | Criterion | Score) -> Criterion:
+    """The criterion that `select` was given.
+
+    Args:
+        what: A name, a criterion, or a function `(name, now, start) -> scores`.
+
+    Raises:
+        ValueError: There is none of that name.
+        TypeError: It is none of these.
+    """
+    if isinstance(what, Criterion):
+        return what
+    if isinstance(what, str):
+        if what not in CRITERIA:
+            raise ValueError(
+                f"select: unknown criterion {what!r}; there are {', '.join(sorted(CRITERIA))} by "
+                "name, or pass one of sparse_ft.criteria, or a function"
+            )
+        return CRITERIA[what]()
+    if not callable(what):
+        raise TypeError(
+            "select: criterion must be a name, one of sparse_ft.criteria, or a function "
+            f"(name, now, start) -> scores, got {type(what).__name__}"
+        )
+    return Criterion("custom", _ranked(what), settings={"method": "custom"})
+
+
+def _ranked(score: Score) -> Callable[[Candidates], Choice]:
+    """Chooses by scores of each tensor."""
+
+    def scores(candidates: Candidates) -> Iterator[Tensor]:
+        for i, (name, now) in enumerate(zip(candidates.names, candidates.current, strict=True)):
+            found = score(name, now, None if candidates.start is None else candidates.start[i])
+            if not isinstance(found, Tensor):
+                raise ValueError(
+                    f"select: the criterion gave a {type(found).__name__} for {name!r}, not a "
+                    "tensor of scores"
+                )
+            if found.shape != now.shape:
+                raise ValueError(
+                    f"select: the criterion gave scores of shape {tuple(found.shape)} for "
+                    f"{name!r}, which has shape {tuple(now.shape)}"
+                )
+            yield found
+
+    return lambda candidates: (*candidates.largest(scores(candidates)), {})
+
+
+# --- by how far entries moved -----------------------------------------------------------------
+
+
+@criterion
+def magnitude() -> Criterion:
     """The entries that moved most: the largest |θ1 − θ0| over all tensors (LT-SFT, algorithm 1)."""
-    if not candidates.start:
-        raise ValueError('select: criterion "magnitude" needs theta0, the values at the start')
-    return largest(candidates)
+
+    def choose(candidates: Candidates) -> Choice:
+        start = candidates.beginnings("magnitude")
+        k, tie, exclude = candidates.k, candidates.tie, candidates.exclude
+        before = [start[i] for i in range(len(start))] if _beside(candidates) else None
+        if before is not None:
+            return (*select_topk(candidates.current, before, k=k, exclude=exclude, tie=tie), {})
+        # A start that lies elsewhere comes over in pieces.
+        top = TopK(k, tie, exclude, candidates.device)
+        for i, now in enumerate(candidates.current):
+            top.add(now, start[i])
+        return (*top.result(), {})
+
+    return Criterion("magnitude", choose, settings={"method": "LT-SFT"})
 
 
-@criterion("random")
-def random(candidates: Candidates) -> Choice:
-    """Entries drawn uniformly (RAND-SFT): the same for one seed on every machine."""
-    return (
-        *select_random(
-            candidates.current, k=candidates.k, seed=candidates.seed, exclude=candidates.exclude
-        ),
-        None,
-    )
+def _beside(candidates: Candidates) -> bool:
+    """Does the start lie on the device of the values now?"""
+    start = candidates.beginnings("magnitude")
+    return all(start[i].device == candidates.device for i in range(len(start)))
+
+
+@criterion
+def denoised(
+    *,
+    rank: str | int = "var:0.9",
+    energy: str = "sq",
+    keep_high: float = 0.05,
+    embeddings: bool | str | Iterable[str] = False,
+    method: str = "gram",
+    seed: int = 0,
+) -> Criterion:
+    """The largest |ΔŴ|: each matrix θ1 − θ0 denoised by its singular values (DeFT-X, Simon and
+    Jyothi, 2025).
+
+    Tensors that are no matrices (biases, norms, convolutions) are ranked by |θ1 − θ0| itself, and
+    so are embeddings, unless they are asked for. With `rank="full"` or `keep_high=1` the result is
+    that of "magnitude". Defaults are ours: the paper's were not to be had.
+
+    One matrix is held in fp32 at a time, with its lower-order part and an fp64 matrix of the
+    smaller side squared. The entries are exactly reproducible on one machine with one number of
+    threads; elsewhere, LAPACK's last bits may decide otherwise where scores are nearly equal.
+
+    Args:
+        rank: "var:p", the smallest rank that has a share p of the energy; an integer for all
+            matrices; or "full".
+        energy: "sq" (Σσ², the variance) or "abs" (Σσ).
+        keep_high: Share of the entries of each matrix's higher-order part to keep, in [0, 1].
+        embeddings: Denoise embeddings too? Or patterns of names: those that are left as they are.
+            Embeddings are the weights of `nn.Embedding`; in a mapping of tensors, names with
+            "embed" in them.
+        method: "gram", "svd" or "randomized" (approximate, for an integer rank), as in
+            `sparse_ft.denoise`.
+        seed: For "randomized".
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+    check_options(rank, energy, keep_high, method)
+    patterns = None
+    if not isinstance(embeddings, bool):
+        patterns = [embeddings] if isinstance(embeddings, str) else [*embeddings]
+
+    def raw(candidates: Candidates, name: str) -> bool:
+        if patterns is not None:
+            return any(fnmatchcase(name, pattern) for pattern in patterns)
+        return name in candidates.embeddings and not embeddings
+
+    def choose(candidates: Candidates) -> Choice:
+        start = candidates.beginnings("denoised")
+        splits: dict[str, dict[str, Any]] = {}
+
+        def scores() -> Iterator[Tensor]:
+            for i, (name, now) in enumerate(zip(candidates.names, candidates.current, strict=True)):
+                delta = now.to(torch.float32) - start[i].to(now.device, torch.float32)
+                if delta.dim() == 2 and delta.numel() and not raw(candidates, name):
+                    if not bool(torch.stack(delta.aminmax()).isfinite().all()):
+                        raise ValueError(
+                            f"select: parameter {name!r} holds NaN or infinity, so it cannot be "
+                            "denoised; the training has diverged there, or exclude it with "
+                            "eligible="
+                        )
+                    delta, split = denoise(
+                        delta,
+                        rank=rank,
+                        energy=energy,
+                        keep_high=keep_high,
+                        method=method,
+                        seed=seed,
+                    )
+                    splits[name] = {"rank": split.rank, "of": split.full, "kept": split.kept}
+                yield delta
+
+        return (*candidates.largest(scores()), {"denoised": splits})
+
+    settings = {
+        "method": "DeFT-X",
+        "rank": rank,
+        "energy": energy,
+        "keep_high": keep_high,
+        "embeddings": embeddings if patterns is None else patterns,
+        "svd": method,
+    }
+    if method == "randomized":
+        settings |= {"seed": seed, "approximation": True}
+    return Criterion("denoised", choose, settings=settings)
+
+
+# --- without full tuning ----------------------------------------------------------------------
+
+
+@criterion
+def random(seed: int | None = None) -> Criterion:
+    """Entries drawn uniformly (RAND-SFT): the same for one seed on every machine.
+
+    Args:
+        seed: Any integer; default: the one that `select` is given.
+    """
+
+    def choose(candidates: Candidates) -> Choice:
+        at = select_random(
+            candidates.current,
+            k=candidates.k,
+            seed=candidates.seed if seed is None else seed,
+            exclude=candidates.exclude,
+        )
+        return (*at, None, {})
+
+    settings = {"method": "RAND-SFT"} | ({} if seed is None else {"seed": seed})
+    return Criterion("random", choose, needs_training=False, settings=settings)
+
+
+@criterion
+def weight(largest: bool = True) -> Criterion:
+    """The largest |θ| (SHiRA's WM), or the smallest (PaFi): no data, no training.
+
+    Args:
+        largest: False for the smallest.
+    """
+
+    def descending(name: str, now: Tensor, start: Tensor | None) -> Tensor:
+        if largest:
+            return now
+        # From the largest finite number down, bit by bit: the order is exactly the reverse. What is
+        # not finite comes out as NaN or infinity.
+        bits = now.to(torch.float32).abs().view(torch.int32)
+        return (0x7F7FFFFF - bits).view(torch.float32)
+
+    settings = {"method": "weight magnitude", "largest": largest}
+    return Criterion("weight", _ranked(descending), needs_training=False, settings=settings)
+
+
+def gradient(scores: Mapping[str, Tensor]) -> Criterion:
+    """The largest |Σ g| of a calibration: an approximation of LT-SFT that skips full tuning.
+
+    Args:
+        scores: What `calibrate(kind="gradient")` gave: one tensor for each eligible parameter.
+    """
+    return _calibrated("gradient", "gradient mask", scores)
+
+
+def fisher(scores: Mapping[str, Tensor]) -> Criterion:
+    """The largest diagonal of the empirical Fisher information (FISH mask, Sung et al., 2021): an
+    approximation of LT-SFT that skips full tuning.
+
+    Args:
+        scores: What `calibrate(kind="fisher")` gave.
+    """
+    return _calibrated("fisher", "FISH mask", scores)
+
+
+def snip(scores: Mapping[str, Tensor]) -> Criterion:
+    """The largest |θ · Σ g| (SNIP, Lee et al., 2019): an approximation of LT-SFT that skips full
+    tuning.
+
+    Args:
+        scores: What `calibrate(kind="snip")` gave.
+    """
+    return _calibrated("snip", "SNIP mask", scores)
+
+
+def _calibrated(name: str, method: str, scores: Mapping[str, Tensor]) -> Criterion:
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            f"criteria.{name}: scores must map names to tensors, as criteria.calibrate(model, "
+            f'batches, loss, kind="{name}") gives them, got {type(scores).__name__}'
+        )
+
+    def score(own: str, now: Tensor, start: Tensor | None) -> Tensor:
+        if own not in scores:
+            raise ValueError(
+                f"criteria.{name}: there are no scores of {own!r}, which is eligible; calibrate "
+                "and select with the same eligible="
+            )
+        return scores[own]
+
+    settings = {"method": method, "approximation": True}
+    return Criterion(name, _ranked(score), needs_training=False, settings=settings)
+
+
+# --- whatever the values ----------------------------------------------------------------------
+
+
+@criterion
+def bias() -> Criterion:
+    """All eligible biases (BitFit, Ben Zaken et al., 2022): parameters whose own name has "bias" in
+    it. K is their number."""
+
+    def fixed(layout: Layout) -> Support:
+        names = [name for name in layout.names if "bias" in name.rpartition(".")[2]]
+        if not names:
+            raise ValueError('select: criterion "bias": none of the eligible parameters is a bias')
+        shapes = tuple(layout.shapes[layout.ordinal(name)] for name in names)
+        return Support.full(Layout(tuple(names), shapes)).expand(layout)
+
+    return Criterion("bias", needs_training=False, settings={"method": "BitFit"}, fixed=fixed)
+
+
+def given(what: Support | SparseDelta | Mapping[str, Tensor]) -> Criterion:
+    """The entries of a support, of another SFT, or of boolean masks by name. K is their number."""
+    if isinstance(what, SparseDelta):
+        support = what.support
+    else:
+        support = what if isinstance(what, Support) else Support.from_masks(what)
+
+    def fixed(layout: Layout) -> Support:
+        return fitted("criterion given", support, layout)
+
+    return Criterion("given", needs_training=False, settings={"method": "given mask"}, fixed=fixed)
+
+
+def fitted(what: str, support: Support, layout: Layout) -> Support:
+    """A support over the eligible tensors.
+
+    Raises:
+        ValueError: It has entries of others, or a tensor of another shape.
+    """
+    outside = [n for n, count in support.counts().items() if count and n not in layout]
+    if outside:
+        raise ValueError(
+            f"select: {what}: it has entries of {outside[0]!r}, which is not eligible; name it in "
+            "eligible=, or leave it out"
+        )
+    try:
+        return support.restrict(n for n in support.layout.names if n in layout).expand(layout)
+    except ValueError as error:
+        raise ValueError(f"select: {what}: {error}") from None
+
+
+# --- calibration ------------------------------------------------------------------------------
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    kind: str = "gradient",
+    *,
+    samples: int | None = None,
+    eligible: Callable[[str, nn.Parameter], bool] | Iterable[str] | None = None,
+) -> dict[str, Tensor]:
+    """Scores from a few backward passes, for `gradient`, `fisher` and `snip`.
+
+    With g the gradient of a batch's loss: "gradient" is |Σ g|, "snip" |θ · Σ g|, and "fisher"
+    (1/n) Σ g² over n batches, of the labels that were observed (the empirical Fisher). Give batches
+    of one example for the Fisher of Sung et al.
+
+    The model runs in evaluation mode. It needs 4 bytes for each eligible entry, and one dense
+    gradient at a time. Model, gradients and random state are as they were in the end, after an
+    exception too.
+
+    Args:
+        model: Any module.
+        batches: What `loss` takes.
+        loss: `(model, batch) -> scalar`.
+        kind: "gradient", "fisher" or "snip".
+        samples: Batches to use at most; default: all.
+        eligible: As in `select`.
+
+    Returns:
+        fp32 scores by name, each in its parameter's shape and on its device.
+
+    Raises:
+        ValueError: A loss or a gradient is NaN or infinite, there is no batch, or an argument is
+            out of range.
+    """
+    from .select import eligible_parameters
+
+    if kind not in ("gradient", "fisher", "snip"):
+        raise ValueError(f'calibrate: kind must be "gradient", "fisher" or "snip", got {kind!r}')
+    if samples is not None and samples < 1:
+        raise ValueError(f"calibrate: samples must be at least 1, got {samples}")
+    rule = eligible if eligible is None or callable(eligible) else {*eligible}
+    if isinstance(eligible, str):
+        rule = {eligible}
+    chosen = eligible_parameters(model, rule)
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in chosen.items()}
+
+    def collect(into: Tensor) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            found = parameter.grad.to(torch.float32)
+            if found.layout is not torch.strided:
+                found = found.to_dense()
+            if kind == "fisher":
+                into.addcmul_(found, found)
+            else:
+                into.add_(found)
+            parameter.grad = None
+
+        return hook
+
+    count = 0
+    with _untouched(model, chosen):
+        hooks = [p.register_post_accumulate_grad_hook(collect(sums[n])) for n, p in chosen.items()]
+        try:
+            for batch in islice(batches, samples):
+                with torch.enable_grad():
+                    value = loss(model, batch)
+                    if not math.isfinite(float(value)):
+                        raise ValueError(
+                            f"calibrate: the loss of batch {count} is {float(value)}; check the "
+                            "data and the weights"
+                        )
+                    value.backward()
+                count += 1
+        finally:
+            for handle in hooks:
+                handle.remove()
+    if not count:
+        raise ValueError("calibrate: there is no batch; give at least one")
+    for name, total in sums.items():
+        if kind == "fisher":
+            total.div_(count)
+        elif kind == "snip":
+            total.mul_(chosen[name].detach())
+        total.abs_()
+        if total.numel() and not math.isfinite(float(total.max())):
+            raise ValueError(f"calibrate: the gradient of {name!r} holds NaN or infinity")
+    return sums
+
+
+@contextmanager
+def _untouched(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Only the chosen parameters have gradients; on leaving, all is as it was."""
+    parameters = named_parameters(model)
+    trainable = {name: p.requires_grad for name, p in parameters.items()}
+    grads = {name: p.grad for name, p in parameters.items()}
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    python, numpy = python_random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            for name, parameter in parameters.items():
+                parameter.grad = None
+                parameter.requires_grad_(name in chosen)
+            model.eval()
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(trainable[name])
+                parameter.grad = grads[name]
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            python_random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def embedding_names(model: nn.Module) -> frozenset[str]:
+    """The parameters that are embeddings: weights of `nn.Embedding` and the input embeddings."""
+    found = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for p in module.parameters(recurse=False)
+    }
+    get_input = getattr(backbone(model), "get_input_embeddings", None)
+    if callable(get_input) and isinstance(inner := get_input(), nn.Module):
+        found |= {id(p) for p in inner.parameters(recurse=False)}
+    return frozenset(name for name, p in named_parameters(model).items() if id(p) in found)

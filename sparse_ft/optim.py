@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from sparse_ft_kernels import gather, masked_adamw_
 
 from .delta import SparseDelta
 from .families import aliases, unusable
+from .snapshot import starting_values
 from .tiles import Layout, Support
 
 __all__ = ["MaskedAdamW"]
@@ -81,7 +83,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         params: `model.named_parameters()`, or a list of groups whose "params" are (name, parameter)
             pairs, or the model.
         support: The entries to tune, as `sparse_ft.select` gives them.
-        theta0: The values at the start, by name; default: the weights now.
+        theta0: The values at the start, by name, or the path of a checkpoint that has them;
+            default: the weights now.
         lr: Learning rate, ≥ 0.
         betas: Decay rates of the moments, in [0, 1).
         eps: ε, ≥ 0.
@@ -108,7 +111,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self,
         params: NamedParameters,
         support: Support,
-        theta0: Mapping[str, Tensor] | None = None,
+        theta0: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
         *,
         lr: float | Tensor = 5e-5,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -129,7 +132,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.support = support
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
-        self._theta0 = theta0
+        self._theta0 = None if theta0 is None else starting_values("MaskedAdamW", theta0)
         self._l1_heads = l1_heads
         self._hooked = gather == "hook"
         self._units: list[tuple[dict[str, Any], _Unit]] = []
@@ -285,7 +288,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                         f"{tuple(value.shape)}, "
                         f"the parameter {dtype} of shape {tuple(parameters[i].shape)}"
                     )
-                start[i] = value.detach().to(device)
+                start[i] = value.detach()
         theta0 = _read(support, start)
 
         def zeros() -> Tensor:
@@ -617,9 +620,10 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _read(support: Support, tensors: Iterable[Tensor]) -> Tensor:
-    """The selected entries of tensors that stand in the order of the support's layout."""
+    """The selected entries of tensors that stand in the order of the support's layout, read where
+    each tensor is."""
     pieces = [
-        tensor.detach().reshape(-1)[support.indices(name)]
+        tensor.detach().reshape(-1)[support.indices(name).to(tensor.device)].to(support.device)
         for name, tensor in zip(support.layout.names, tensors, strict=True)
     ]
     return torch.cat(pieces)

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparse_ft_kernels import NonFiniteError
+from sparse_ft_kernels import NonFiniteError, merge
 
-from .criteria import CRITERIA, Candidates, Choice, largest
+from .criteria import Candidates, Criterion, as_criterion, embedding_names, fitted
+from .delta import SparseDelta
 from .families import backbone_names, check_usable, named_parameters
+from .snapshot import starting_values
 from .tiles import Layout, Support
 
-__all__ = ["Eligible", "eligible_parameters", "resolve_k", "select"]
+__all__ = ["Budgets", "Eligible", "Entries", "eligible_parameters", "resolve_k", "select"]
 
 Eligible = Callable[[str, nn.Parameter], bool] | Collection[str] | None
+Entries = Support | SparseDelta | Iterable[Support | SparseDelta] | None
+Budgets = str | Callable[[str], str] | Mapping[str, int | float] | None
 _T = TypeVar("_T", bound=Tensor)
+# Of the entries selected, the share that may tie at the threshold without a word.
+_TIED = 0.01
 
 
 def eligible_parameters(model: nn.Module, eligible: Eligible = None) -> dict[str, nn.Parameter]:
@@ -97,42 +105,60 @@ def resolve_k(k: int | None, density: float | None, numel: int) -> int:
 @torch.no_grad()
 def select(
     model: nn.Module | Mapping[str, Tensor],
-    theta0: Mapping[str, Tensor] | None = None,
+    theta0: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     *,
     k: int | None = None,
     density: float | None = None,
-    criterion: str | Callable[[str, Tensor, Tensor | None], Tensor] = "magnitude",
+    criterion: str | Criterion | Callable[[str, Tensor, Tensor | None], Tensor] = "magnitude",
     eligible: Eligible = None,
-    exclude: Support | None = None,
+    include: Entries = None,
+    exclude: Entries = None,
+    budgets: Budgets = None,
     seed: int = 0,
     tie: str = "index",
+    fill: bool = False,
 ) -> Support:
     """Selects the K entries of a model that rank highest, over all eligible parameters at once.
+
+    Of scores it holds only the candidates for the K largest: by magnitude about 8 bytes for each of
+    the K (60 MB for 7.7 million) beside the model and θ0, which may stay on disk.
 
     Args:
         model: A module, or a mapping from names to tensors (all of which are then eligible): the
             values now. Give fp32 values where an fp32 master exists: differences of bf16 weights
             are mostly tied.
-        theta0: The values at the start, for instance a `Snapshot`.
+        theta0: The values at the start: a `Snapshot`, other tensors by name, or the path of a
+            checkpoint, which is read tensor by tensor.
         k: Entries to select.
         density: Their share of the eligible entries instead, in (0, 1].
-        criterion: "magnitude" (largest |θ1 − θ0|), "random" (seeded, uniform), or a function
-            `(name, now, start) -> scores` whose largest |scores| are taken; scores have the
-            tensor's shape.
+        criterion: "magnitude" (largest |θ1 − θ0|), "denoised", "random", "weight", "bias", one of
+            `sparse_ft.criteria`, or a function `(name, now, start) -> scores` whose largest
+            |scores| are taken; scores have the tensor's shape.
         eligible: `(name, parameter) -> bool`, or names; default: the trainable parameters of the
             backbone.
-        exclude: A support whose entries must not be selected (later rounds of iterative LT-SFT;
-            disjoint tasks).
+        include: A support or an SFT, or several, whose entries are selected in any case; they
+            count towards K.
+        exclude: A support or an SFT, or several, whose entries must not be selected (later rounds
+            of iterative LT-SFT; disjoint tasks). Those of other tensors do not matter.
+        budgets: Selects within groups of parameters. A mapping gives each group its K (an integer)
+            or density (a float), by patterns of `fnmatch` of which the first that fits counts;
+            what `k` or `density` leave is for the parameters that none fits, and without these two
+            each must fit one. "per_parameter", or a function from names to groups, shares K out by
+            the sizes of the groups.
         seed: For "random".
         tie: "index" selects exactly K, the first by (name, position) among equals; "all" selects
             every entry that reaches the threshold, as the LT-SFT reference implementation does.
+        fill: Where fewer than K entries have a score other than 0 (did move), fill up in order of
+            (name, position) instead of failing.
 
     Returns:
-        The support, over the eligible parameters. Its `info` holds threshold and ties.
+        The support, over the eligible parameters. Its `info` holds threshold and ties, by group if
+        there are several, and what the criterion has to tell.
 
     Raises:
-        ValueError: Unusable parameters, k or density out of range, NaN or infinity (with the
-            parameter's name), or a start that does not fit.
+        ValueError: Unusable parameters, k or density out of range, fewer than K entries that moved,
+            NaN or infinity (with the parameter's name), a start that does not fit, or `include`,
+            `exclude` and `budgets` that contradict each other.
     """
     if isinstance(model, Mapping):
         tensors: dict[str, Tensor] = {name: model[name] for name in sorted(model)}
@@ -141,95 +167,283 @@ def select(
         if eligible is not None:
             rule: Any = eligible
             tensors = _chosen("mapping", tensors, rule)
+        embeddings = frozenset(name for name in tensors if "embed" in name)
     else:
         tensors = dict(eligible_parameters(model, eligible))
+        embeddings = embedding_names(model)
     check_usable("select", iter(tensors.items()))
     layout = Layout.of(tensors)
-    names = list(layout.names)
-    current = [tensors[name].detach() for name in names]
-    devices = sorted({str(t.device) for t in current})
+    current = {name: tensors[name].detach() for name in layout.names}
+    devices = sorted({str(t.device) for t in current.values()})
     if len(devices) > 1:
         raise ValueError(
             f"select: the parameters lie on {', '.join(devices)}; selection ranks them together, "
             "so move them to one "
             "device, or name those of one device with eligible="
         )
+    if tie not in ("index", "all"):
+        raise ValueError(f'select: tie must be "index" or "all", got {tie!r}')
+    device = next(iter(current.values())).device
+    start = None if theta0 is None else _checked(starting_values("select", theta0), current)
+    how = as_criterion(criterion)
 
-    start: list[Tensor] = []
-    if theta0 is not None:
-        if not isinstance(theta0, Mapping):
-            raise TypeError(
-                "select: theta0 must be a mapping from names to tensors, such as "
-                "sf.snapshot(model), "
-                f"got {type(theta0).__name__}"
-            )
-        for name in names:
-            if name not in theta0:
-                raise ValueError(f"select: theta0 has no {name!r}")
-            value = theta0[name]
-            check_usable("select: theta0", iter([(name, value)]))
-            if value.shape != tensors[name].shape:
+    kept = _union(layout, _supports("include", include, layout), device)
+    out = _union(layout, _supports("exclude", exclude, layout), device)
+    both = _union(layout, [kept, out], device)
+    if both.nnz < kept.nnz + out.nnz:
+        found, a, b = both.counts(), kept.counts(), out.counts()
+        name = next(n for n in layout.names if found[n] < a[n] + b[n])
+        raise ValueError(
+            f"select: {kept.nnz + out.nnz - both.nnz} entries are in include and in exclude as "
+            f"well, of {name!r} for one; take them out of one of the two"
+        )
+    if how.fixed is not None:
+        if budgets is not None:
+            raise ValueError(f'select: criterion "{how.name}" fixes its entries; drop budgets')
+        taken = _without(how.fixed(layout).to(device), out)
+        support = _union(layout, [taken, kept], device)
+        if not support.nnz:
+            raise ValueError(f'select: criterion "{how.name}" leaves no entry to select')
+        if not (k is None and density is None):
+            wanted = resolve_k(k, density, layout.numel - out.nnz)
+            if wanted != support.nnz:
                 raise ValueError(
-                    f"select: {name!r} has shape {tuple(tensors[name].shape)} in the model and "
-                    f"{tuple(value.shape)} in theta0"
+                    f'select: criterion "{how.name}" selects {support.nnz} entries, not the '
+                    f"{wanted} asked for; drop k and density"
                 )
-            start.append(value.detach().to(tensors[name].device))
+        return support
 
-    skip = None
-    if exclude is not None:
-        inside = exclude.restrict(n for n in exclude.layout.names if n in layout).expand(layout)
-        skip = (inside.idx.to(current[0].device), inside.ptr.to(current[0].device))
-    count = resolve_k(k, density, layout.numel - (skip[0].numel() if skip else 0))
-
-    if callable(criterion):
-        scores = []
-        for i, name in enumerate(names):
-            score = criterion(name, current[i], start[i] if start else None)
-            if not isinstance(score, Tensor):
-                raise ValueError(
-                    f"select: the criterion gave a {type(score).__name__} for {name!r}, not a "
-                    "tensor of scores"
-                )
-            if score.shape != current[i].shape:
-                raise ValueError(
-                    f"select: the criterion gave scores of shape {tuple(score.shape)} for "
-                    f"{name!r}, "
-                    f"which has shape {tuple(current[i].shape)}"
-                )
-            scores.append(score.detach().to(torch.float32).contiguous())
-        candidates = Candidates(names, scores, (), count, skip, seed, tie)
-        choose: Callable[[Candidates], Choice] = largest
-    else:
-        if criterion not in CRITERIA:
+    groups = _grouped(layout, out, k, density, budgets)
+    parts = [kept]
+    told: dict[str, Any] = {}
+    for i, (label, names, count) in enumerate(groups):
+        inside = kept.restrict(names).nnz
+        if inside > count:
             raise ValueError(
-                f"select: unknown criterion {criterion!r}; there are "
-                f"{', '.join(sorted(CRITERIA))}, or pass a function"
+                f"select: include has {inside} entries{_of(label)}, more than the {count} to select"
             )
-        candidates = Candidates(names, current, start, count, skip, seed, tie)
-        choose = CRITERIA[criterion]
+        if inside == count:
+            continue
+        skip = both.restrict(names)
+        candidates = Candidates(
+            names=names,
+            current=[current[name] for name in names],
+            start=None if start is None else [start[name] for name in names],
+            k=count - inside,
+            exclude=(skip.idx, skip.ptr) if skip.nnz else None,
+            # Groups draw independently.
+            seed=seed + i * 0x9E3779B97F4A7C15,
+            tie=tie,
+            embeddings=embeddings,
+        )
+        part, info = _choose(how, candidates, label, fill)
+        parts.append(part)
+        for key, value in info.items():
+            if isinstance(value, dict):
+                told[key] = {**told.get(key, {}), **value}
+            elif label is None:
+                told[key] = value
+            else:
+                told.setdefault("groups", {}).setdefault(label, {"k": count})[key] = value
+    support = _union(layout, parts, device)
+    support.info = told
+    return support
+
+
+def _choose(
+    how: Criterion, candidates: Candidates, label: str | None, fill: bool
+) -> tuple[Support, dict[str, Any]]:
+    """What a criterion chooses of one group, and what is to be told of it."""
+    names, k = candidates.names, candidates.k
+    assert how.choose is not None
     try:
-        idx, ptr, info = choose(candidates)
+        idx, ptr, info, more = how.choose(candidates)
     except NonFiniteError as error:
         raise ValueError(
             f"select: parameter {names[error.ordinal]!r} holds NaN or infinity, so its entries "
             "cannot be ranked; "
             "the training has diverged there, or exclude it with eligible="
         ) from error
+    layout = Layout.of(dict(zip(names, candidates.current, strict=True)))
     support = Support(layout, idx, ptr, check=False)
-    if info is not None:
-        threshold = float(info[:1].to(torch.int32).view(torch.float32))
-        support.info = {
-            "threshold": threshold,
-            "above": int(info[2]),
-            "tied": int(info[3]),
-            "tied_selected": int(info[4]),
-        }
-        if threshold == 0.0:
-            warnings.warn(
-                f"select: only {int(info[2])} entries moved, fewer than the {count} wanted; the "
-                "other "
-                f"{int(info[4])} were filled up in order of (name, position). Train longer, lower "
-                "k, or give fp32 values.",
-                stacklevel=3,  # the caller of select, beyond torch.no_grad's wrapper
+    if info is None:
+        return support, more
+    threshold = float(info[:1].to(torch.int32).view(torch.float32))
+    above, tied, tied_selected = info[2:5].tolist()
+    if threshold == 0.0 and not fill:
+        what = "moved" if how.needs_training else "have a score other than 0"
+        lower = f"lower k to {above}, " if above else ""
+        raise ValueError(
+            f"select: only {above} of the {k} entries wanted{_of(label)} {what}. Train longer, "
+            f"{lower}give fp32 values where the weights are in half precision, or pass fill=True "
+            "to fill up in order of (name, position)"
+        )
+    coarse = sorted({str(t.dtype)[6:] for t in candidates.current if t.dtype != torch.float32})
+    if coarse and tied > tied_selected > _TIED * k and threshold > 0.0:
+        warnings.warn(
+            f"select: {tied_selected} of the {k} entries{_of(label)} tie at the threshold with "
+            f"{tied - tied_selected} others, and were chosen by position: differences of "
+            f"{' and '.join(coarse)} weights are coarse. Give fp32 values where a master exists.",
+            stacklevel=4,  # the caller of select, beyond torch.no_grad's wrapper
+        )
+    told = {"threshold": threshold, "above": above, "tied": tied, "tied_selected": tied_selected}
+    return support, {**told, **more}
+
+
+def _of(label: str | None) -> str:
+    return "" if label is None else f" of the budget {label!r}"
+
+
+def _checked(theta0: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The start, after a look at all of it."""
+    for name, now in current.items():
+        if name not in theta0:
+            raise ValueError(f"select: theta0 has no {name!r}")
+        value = theta0[name]
+        check_usable("select: theta0", iter([(name, value)]))
+        if value.shape != now.shape:
+            raise ValueError(
+                f"select: {name!r} has shape {tuple(now.shape)} in the model and "
+                f"{tuple(value.shape)} in theta0"
             )
-    return support
+    return theta0
+
+
+# --- supports ---------------------------------------------------------------------------------
+
+
+def _supports(what: str, entries: Entries, layout: Layout) -> list[Support]:
+    """What include or exclude was given, over the eligible tensors."""
+    given = [entries] if isinstance(entries, Support | SparseDelta) else [*(entries or ())]
+    found = []
+    for item in given:
+        if not isinstance(item, Support | SparseDelta):
+            raise TypeError(
+                f"select: {what} must be a Support or a SparseDelta, or several, got "
+                f"{type(item).__name__}"
+            )
+        support = item if isinstance(item, Support) else item.support
+        if what == "exclude":
+            support = support.restrict(n for n in support.layout.names if n in layout)
+        found.append(fitted(what, support, layout))
+    return found
+
+
+def _union(layout: Layout, supports: Sequence[Support], device: torch.device) -> Support:
+    """The entries of any of several supports, over a wider layout."""
+    wide = [s.to(device).expand(layout) for s in supports if s.nnz]
+    if len(wide) == 1:
+        return wide[0]
+    if not wide:
+        none = torch.zeros(layout.n_tiles + 1, dtype=torch.int64, device=device)
+        return Support(layout, torch.zeros(0, dtype=torch.uint16, device=device), none, check=False)
+    zeros = [torch.zeros(s.nnz, dtype=torch.bfloat16, device=device) for s in wide]
+    idx, ptr, _ = merge(
+        layout.lengths.to(device),
+        [s.idx for s in wide],
+        [s.ptr for s in wide],
+        zeros,
+        [1.0] * len(wide),
+    )
+    return Support(layout, idx, ptr, check=False)
+
+
+def _without(support: Support, other: Support) -> Support:
+    """The entries of one support that are not in another of the same layout."""
+    if not other.nnz:
+        return support
+    left = {
+        name: at[~torch.isin(at, other.indices(name), assume_unique=True)] for name, at in support
+    }
+    return Support.from_indices(support.layout, left).to(support.device)
+
+
+# --- budgets ----------------------------------------------------------------------------------
+
+# A label (None where there are no budgets), the names of its parameters, and its K.
+_Group = tuple[str | None, list[str], int]
+
+
+def _grouped(
+    layout: Layout, out: Support, k: int | None, density: float | None, budgets: Budgets
+) -> list[_Group]:
+    """The groups within which entries are selected."""
+    gone = out.counts()
+    sizes = {n: size - gone[n] for n, size in zip(layout.names, layout.numels, strict=True)}
+    if budgets is None:
+        return [(None, [*layout.names], resolve_k(k, density, sum(sizes.values())))]
+    if isinstance(budgets, Mapping):
+        return _given_budgets(sizes, k, density, budgets)
+    if budgets == "per_parameter":
+        budgets = str
+    if not callable(budgets):
+        raise ValueError(
+            'select: budgets must be a mapping from patterns to k or density, "per_parameter", or '
+            f"a function from names to groups, got {budgets!r}"
+        )
+    members: dict[str, list[str]] = {}
+    for name in layout.names:
+        members.setdefault(str(budgets(name)), []).append(name)
+    total = resolve_k(k, density, sum(sizes.values()))
+    shares = _shared_out(total, [sum(sizes[n] for n in names) for names in members.values()])
+    return [
+        (label, names, share)
+        for (label, names), share in zip(members.items(), shares, strict=True)
+        if share
+    ]
+
+
+def _given_budgets(
+    sizes: Mapping[str, int],
+    k: int | None,
+    density: float | None,
+    budgets: Mapping[str, int | float],
+) -> list[_Group]:
+    members: dict[str, list[str]] = {pattern: [] for pattern in budgets}
+    rest: list[str] = []
+    for name in sizes:
+        fits = [p for p in budgets if p == name or fnmatchcase(name, p)]
+        (members[fits[0]] if fits else rest).append(name)
+    groups: list[_Group] = []
+    for pattern, names in members.items():
+        if not names:
+            raise ValueError(
+                f"select: budgets: no eligible parameter is left for {pattern!r}; the first "
+                "pattern that fits a name takes it"
+            )
+        budget, size = budgets[pattern], sum(sizes[name] for name in names)
+        try:
+            if isinstance(budget, float):
+                count = resolve_k(None, budget, size)
+            else:
+                count = resolve_k(budget, None, size)
+        except ValueError as error:
+            raise ValueError(f"select: budgets: {pattern!r}: {error}") from None
+        groups.append((pattern, names, count))
+    spent = sum(count for _, _, count in groups)
+    if k is None and density is None:
+        if rest:
+            raise ValueError(
+                f'select: budgets: no pattern fits {rest[0]!r}; add one ("*" fits all), narrow '
+                "eligible, or give k or density for all together"
+            )
+        return groups
+    total = resolve_k(k, density, sum(sizes.values()))
+    left, room = total - spent, sum(sizes[name] for name in rest)
+    if not 0 <= left <= room:
+        raise ValueError(
+            f"select: budgets: they take {spent} of the {total} entries to select, and the "
+            f"{len(rest)} parameters that no pattern fits have {room} for the other {left}"
+        )
+    return [*groups, ("the rest", rest, left)] if left else groups
+
+
+def _shared_out(total: int, sizes: Sequence[int]) -> list[int]:
+    """Shares of a total in proportion to sizes: rounded down, and what is left to those that lost
+    most, the first among equals."""
+    whole = sum(sizes)
+    shares = [total * size // whole for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % whole), i))
+    for i in order[: total - sum(shares)]:
+        shares[i] += 1
+    return shares

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,7 +151,7 @@ class Support:
         self.idx = idx
         self.ptr = ptr
         # How a selection went: threshold, ties (set by `sparse_ft.select`).
-        self.info: dict[str, float | int] = {}
+        self.info: dict[str, Any] = {}
         if check:
             self._check()
 
@@ -377,7 +378,7 @@ class Support:
         )
 
 
-def _unpickled(layout: Layout, idx: Tensor, ptr: Tensor, info: dict[str, float | int]) -> Support:
+def _unpickled(layout: Layout, idx: Tensor, ptr: Tensor, info: dict[str, Any]) -> Support:
     support = Support(layout, idx.view(torch.uint16), ptr, check=False)
     support.info = dict(info)
     return support

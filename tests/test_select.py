@@ -1,6 +1,10 @@
 """select: how many entries, of which parameters, by which rule; and what it refuses."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -44,6 +48,7 @@ def model() -> Model:
     return Model()
 
 
+@pytest.mark.filterwarnings("ignore:select. .* tie at the threshold")
 @pytest.mark.parametrize("dtype", oracles.DTYPES, ids=str)
 def test_the_largest_differences_of_the_whole_backbone(dtype):
     model = Model(dtype)
@@ -195,19 +200,32 @@ def test_a_function_as_criterion(model):
         sf.select(model, k=1, criterion=lambda name, now, then: now.sum())
     with pytest.raises(ValueError, match=r"criterion gave a float for 'body\.emb'"):
         sf.select(model, k=1, criterion=lambda name, now, then: 1.0)
-    with pytest.raises(ValueError, match="unknown criterion 'best'; there are magnitude, random"):
+    with pytest.raises(ValueError, match="unknown criterion 'best'; there are bias, denoised, mag"):
         sf.select(model, start, k=1, criterion="best")
     with pytest.raises(ValueError, match="needs theta0"):
         sf.select(model, k=1)
+    with pytest.raises(TypeError, match=r"or a function.*got int"):
+        sf.select(model, k=1, criterion=3)
 
 
-def test_a_warning_where_fewer_entries_moved_than_wanted(model):
+def test_fewer_entries_moved_than_wanted(model):
     start = sf.snapshot(model)
+    with pytest.raises(ValueError, match=r"only 0 of the 5 entries wanted moved\. Train longer, g"):
+        sf.select(model, start, k=5)
     with torch.no_grad():
         model.body.lin.view(-1)[[3, 70]] += 1.0
-    with pytest.warns(UserWarning, match="only 2 entries moved, fewer than the 5 wanted") as caught:
-        support = sf.select(model, start, k=5)
-    assert caught[0].filename == __file__
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for criterion in ("magnitude", "denoised"):
+        with pytest.raises(ValueError, match=r"only 2 of the 5 .* moved\. .*lower k to 2, give"):
+            sf.select(model, start, k=5, criterion=criterion, eligible={"body.lin"})
+    for n, value in before.items():
+        assert_bits(dict(model.named_parameters())[n].detach(), value)
+    scores = {"body.lin": torch.zeros(100, 257)}
+    scores["body.lin"][3, 4] = -1
+    gradient = sf.criteria.gradient(scores)
+    with pytest.raises(ValueError, match="only 1 of the 2 entries wanted have a score other than"):
+        sf.select(model, k=2, criterion=gradient, eligible={"body.lin"})
+    support = sf.select(model, start, k=5, fill=True)
     assert support.nnz == 5
     assert support.indices("body.lin").tolist() == [3, 70]
     assert support.indices("body.emb").tolist() == [0, 1, 2]
@@ -279,7 +297,7 @@ def test_a_start_that_does_not_fit(model):
         ValueError, match=r"'body\.lin' has shape \(100, 257\) in the model and \(2,\)"
     ):
         sf.select(model, {**start, "body.lin": torch.ones(2)}, k=3)
-    with pytest.raises(TypeError, match=r"theta0 must be a mapping.*Linear"):
+    with pytest.raises(TypeError, match=r"theta0 must be a mapping.*or the path.*got Linear"):
         sf.select(model, nn.Linear(2, 2), k=3)
     # A start in another data type is compared in fp32.
     half = {n: t.half() for n, t in start.items()}
@@ -307,3 +325,250 @@ def test_a_tied_parameter_counts_once():
     support = sf.select(model, density=1.0, criterion="random")
     assert support.layout.names == ("a.weight",)
     assert support.nnz == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_warning_where_ties_decide(dtype):
+    model = {"w": torch.ones(1000, dtype=dtype)}
+    start = {"w": model["w"].clone()}
+    model["w"][::10] += 0.5
+    with pytest.warns(UserWarning, match=r"50 of the 50 entries tie .* with 50 others") as caught:
+        support = sf.select(model, start, k=50)
+    assert caught[0].filename == __file__
+    assert support.indices("w").tolist() == list(range(0, 500, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.select(model, start, k=100)  # no one is left out
+        sf.select(model, start, k=50, tie="all")
+        full = {n: t.float() for n, t in model.items()}
+        sf.select(full, {n: t.float() for n, t in start.items()}, k=50)
+
+
+# --- entries that must be in, and entries that must not -----------------------------------------
+
+
+def positions(support: sf.Support) -> set[tuple[str, int]]:
+    return {(name, i) for name, at in support for i in at.tolist()}
+
+
+def ranking(model: nn.Module, start: dict[str, torch.Tensor]) -> list[tuple[str, int]]:
+    """All entries of the backbone, the one that moved most first."""
+    found = []
+    for name in sorted(f"body.{n}" for n in SHAPES):
+        score = (dict(model.named_parameters())[name].detach() - start[name]).abs().reshape(-1)
+        found += [(-s, name, i) for i, s in enumerate(score.tolist())]
+    return [(name, i) for _, name, i in sorted(found)]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", lambda name, now, start: now - start])
+def test_include_and_exclude(model, criterion):
+    start = moved(model)
+    order = ranking(model, start)
+    rng = np.random.default_rng(0)
+    wanted, unwanted = (
+        {order[i] for i in rng.choice(2000, 300, replace=False) if i % 2 == side} for side in (0, 1)
+    )
+    assert wanted
+    assert unwanted
+
+    def as_support(entries):
+        by_name = {n: [i for m, i in entries if m == n] for n in {m for m, _ in entries}}
+        layout = sf.Layout.of({f"body.{n}": s for n, s in SHAPES.items()})
+        return sf.Support.from_indices(layout, by_name)
+
+    found = sf.select(
+        model,
+        start,
+        k=1000,
+        criterion=criterion,
+        include=as_support(wanted),
+        exclude=as_support(unwanted),
+    )
+    others = [entry for entry in order if entry not in wanted | unwanted]
+    assert positions(found) == wanted | set(others[: 1000 - len(wanted)])
+    # An SFT, and several of either kind.
+    halves = [as_support(sorted(wanted)[::2]), as_support(sorted(wanted)[1::2])]
+    delta = sf.SparseDelta(halves[0], torch.ones(halves[0].nnz))
+    again = sf.select(
+        model,
+        start,
+        k=1000,
+        criterion=criterion,
+        include=[delta, halves[1], halves[1]],
+        exclude=[as_support(unwanted)],
+    )
+    assert again == found
+    exactly = sf.select(model, start, k=len(wanted), criterion=criterion, include=halves)
+    assert positions(exactly) == wanted
+
+
+def test_include_and_exclude_that_contradict(model):
+    start = moved(model)
+    layout = sf.Layout.of({"body.emb": SHAPES["emb"]})
+    some = sf.Support.from_indices(layout, {"body.emb": [1, 2, 3]})
+    one = sf.Support.from_indices(layout, {"body.emb": [2]})
+    with pytest.raises(ValueError, match=r"1 entries are in include and in exclude .*'body\.emb'"):
+        sf.select(model, start, k=9, include=some, exclude=one)
+    with pytest.raises(ValueError, match="include has 3 entries, more than the 2 to select"):
+        sf.select(model, start, k=2, include=some)
+    with pytest.raises(
+        ValueError, match=r"include: it has entries of 'body\.emb', .* not eligible"
+    ):
+        sf.select(model, start, k=9, include=some, eligible={"body.lin"})
+    with pytest.raises(TypeError, match=r"exclude must be a Support or a SparseDelta.*got str"):
+        sf.select(model, start, k=9, exclude=["body.emb"])
+    wrong = sf.Support.from_indices(sf.Layout.of({"body.emb": (3,)}), {"body.emb": [1]})
+    for what in ("include", "exclude"):
+        with pytest.raises(ValueError, match=rf"{what}.*'body\.emb' has shape \(3,\)"):
+            sf.select(model, start, k=9, **{what: wrong})
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+def test_each_budget_is_a_selection_of_its_own(model):
+    start = moved(model)
+    found = sf.select(
+        model, start, budgets={"body.lin": 40, "*.[ns]*": 0.5, "body.*": np.int64(100)}
+    )
+    n = 257 + 1
+    parts = [
+        sf.select(model, start, k=40, eligible={"body.lin"}),
+        sf.select(model, start, k=n // 2, eligible={"body.norm", "body.scale", "body.none"}),
+        sf.select(model, start, k=100, eligible={"body.emb"}),
+    ]
+    assert found.nnz == 140 + n // 2
+    assert positions(found) == set.union(*map(positions, parts))
+    assert {g: info["k"] for g, info in found.info["groups"].items()} == {
+        "body.lin": 40,
+        "*.[ns]*": n // 2,
+        "body.*": 100,
+    }
+    assert found.info["groups"]["body.lin"]["threshold"] == parts[0].info["threshold"]
+    # The rest of K is for what no pattern fits.
+    rest = sf.select(model, start, k=500, budgets={"body.lin": 40})
+    others = {f"body.{n}" for n in SHAPES if n != "lin"}
+    both = positions(parts[0]) | positions(sf.select(model, start, k=460, eligible=others))
+    assert positions(rest) == both
+    exact = sf.select(model, start, k=40, budgets={"body.lin": 40})
+    assert exact.counts()["body.lin"] == exact.nnz == 40
+    # What must be in counts towards the budget of its group.
+    include = sf.Support.from_indices(sf.Layout.of({"body.lin": SHAPES["lin"]}), {"body.lin": [5]})
+    found = sf.select(model, start, k=500, budgets={"body.lin": 40}, include=include)
+    assert found.counts()["body.lin"] == 40
+    assert 5 in found.indices("body.lin").tolist()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 1000, 77_777, 103_058])
+def test_shares_in_proportion(model, k):
+    start = moved(model)
+    sizes = {f"body.{n}": int(np.prod(s)) for n, s in SHAPES.items()}
+    whole = sum(sizes.values())
+    found = sf.select(model, start, k=k, budgets="per_parameter")
+    assert found.nnz == k
+    for name, count in found.counts().items():
+        assert abs(count - k * sizes[name] / whole) < 1, name
+        if count:
+            assert found.indices(name).tolist() == (
+                sf.select(model, start, k=count, eligible={name}).indices(name).tolist()
+            )
+    by_length = sf.select(model, start, k=k, budgets=lambda name: len(name))
+    assert by_length.nnz == k
+    if k == 1000:
+        # 997.496, 2.494 and 0.010: the one that is left goes to the first.
+        counts = {g: info["k"] for g, info in by_length.info["groups"].items()}
+        assert counts == {"8": 998, "9": 2}
+
+
+def test_groups_draw_independently():
+    model = {f"w{i}": torch.zeros(10_000) for i in range(3)}
+    found = sf.select(model, k=3000, criterion="random", budgets="per_parameter", seed=4)
+    at = [set(found.indices(f"w{i}").tolist()) for i in range(3)]
+    for a, b in [(0, 1), (0, 2), (1, 2)]:
+        # Of 1000 in 10,000 each, 100 are expected in both; four standard deviations are 36.
+        assert 60 < len(at[a] & at[b]) < 140
+    assert at[0] == set(
+        sf.select({"w0": model["w0"]}, k=1000, criterion="random", seed=4).indices("w0").tolist()
+    )
+
+
+def test_budgets_that_do_not_add_up(model):
+    start = moved(model)
+    for budgets, more, message in [
+        ({"body.x*": 3}, {}, "no eligible parameter is left for 'body.x*'"),
+        ({"*": 3, "body.lin": 3}, {}, "no eligible parameter is left for 'body.lin'"),
+        ({"body.lin": 3}, {}, "no pattern fits 'body.emb'"),
+        ({"*": 0}, {}, "'*': k must be between 1 and"),
+        ({"*": 1.5}, {}, "'*': density must be in"),
+        ({"*": "3"}, {}, "'*': k must be an integer"),
+        ({"*": 3}, {"k": 5}, "they take 3 of the 5 .* have 0 for the other 2"),
+        ({"body.lin": 7}, {"k": 5}, "they take 7 of the 5"),
+        ("per_layer", {"k": 5}, "or a function from names to groups, got 'per_layer'"),
+        ("per_parameter", {}, "give either k"),
+    ]:
+        with pytest.raises(ValueError, match=message.replace("*", r"\*").replace(r".\*", ".*")):
+            sf.select(model, start, budgets=budgets, **more)
+    with pytest.raises(ValueError, match="only 0 of the 3 entries wanted of the budget"):
+        sf.select(model, sf.snapshot(model), budgets={"body.lin": 3, "*": 5})
+
+
+# --- a start on disk ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "denoised"])
+def test_a_start_on_disk(tmp_path, model, criterion):
+    kept = sf.snapshot(model, path=tmp_path / "theta0.safetensors")
+    start = moved(model)
+    expected = sf.select(model, start, k=500, criterion=criterion)
+    assert sf.select(model, kept, k=500, criterion=criterion) == expected
+    assert sf.select(model, kept.path, k=500, criterion=criterion) == expected
+    assert sf.select(model, tmp_path / "theta0.safetensors", k=500, criterion=criterion) == expected
+    torch.save(start, tmp_path / "pytorch_model.bin")
+    assert sf.select(model, tmp_path, k=500, criterion=criterion) == expected
+    with pytest.raises(ValueError, match="there is no such file"):
+        sf.select(model, tmp_path / "none.safetensors", k=500)
+
+
+PEAK = """
+import sys, torch, sparse_ft as sf
+from torch import nn
+
+def peak(kind):
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(fields[kind].split()[0]) / 1024
+
+torch.manual_seed(0)
+n, where, layers = int(sys.argv[1]), sys.argv[2], 5
+model = nn.ParameterDict({f"w{i}": nn.Parameter(torch.randn(n, 1024)) for i in range(layers)})
+theta0 = sf.snapshot(model, path=where)
+small = {"a": torch.ones(9)}
+sf.select(small, {"a": torch.zeros(9)}, k=3)  # what the first call loads
+with torch.no_grad():
+    for p in model.parameters():
+        for rows in p.split(256):
+            rows += torch.randn_like(rows) * 1e-3
+for t in theta0.values():
+    t.sum()  # its pages count as the start's own
+held = [theta0[n] for n in theta0]
+open("/proc/self/clear_refs", "w").write("5")
+before = peak("VmRSS")
+support = sf.select(model, theta0, k=int(0.028 * 1024 * n * layers))
+print(support.nnz, peak("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_selection_needs_little_memory(tmp_path, native_library):
+    """On a model of 200 MB, whose start is on disk: 8 bytes an entry, and what the machine adds."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, "10000", str(tmp_path / "theta0.safetensors")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"},
+    )
+    (tmp_path / "theta0.safetensors").unlink()
+    assert done.returncode == 0, done.stderr
+    nnz, megabytes = done.stdout.split()
+    assert int(nnz) == 1_433_600
+    assert float(megabytes) < 8 * int(nnz) / 2**20 + 20
