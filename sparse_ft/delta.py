@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparse_ft_kernels import digest as digest_op
 from sparse_ft_kernels.contract import describe_unusable
 
-from .families import unusable
+from .families import known_names, named_parameters, unusable
 from .metadata import SFTError, checked_meta
 from .tiles import TILE, Layout, Support
 
@@ -479,7 +479,8 @@ class SparseDelta:
         and sharing no memory with another tensor of the delta. Where the delta knows the digest of
         its base, the model's values must give it: by fp32 bits, or by bf16 bits (a bf16 copy of the
         base, or the other way round). What `torch.compile`, `DataParallel` and
-        `DistributedDataParallel` put before names is looked through.
+        `DistributedDataParallel` put before names is looked through, and the prefix of the backbone
+        ("bert.", say), which a bare model of transformers lacks, is put before or taken off.
 
         Args:
             model: The base model, with no SFT on it.
@@ -671,7 +672,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, wrappers)
     }
     found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in known_names(model).items():
         for prefix in sorted(prefixes, key=len, reverse=True):
             if name.startswith(prefix):
                 name = prefix.removesuffix("module.") + name.removeprefix(prefix)
@@ -819,7 +820,11 @@ def _tensors(
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Tensors by every name they have, and the further names of each tensor that has several."""
     if isinstance(side, nn.Module):
-        named: dict[str, Tensor] = dict(side.named_parameters(remove_duplicate=False))
+        # The names that `named_parameters` gives come first: a tied tensor goes by its own.
+        named: dict[str, Tensor] = {
+            **named_parameters(side),
+            **dict(side.named_parameters(remove_duplicate=False)),
+        }
     elif isinstance(side, Mapping):
         named = dict(side)
     else:

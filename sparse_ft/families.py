@@ -7,7 +7,9 @@ offer.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,15 +36,20 @@ _NORM_NAME = re.compile(r"norm(\dd|gated|fp32)?$", re.IGNORECASE)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name, each once: a tied one under the name that `model.named_parameters()`
-    gives it.
+    """Parameters by name, each once: a tied one under its name in the backbone, where it is in it.
+
+    So an embedding has one name whatever head is on the model and whether or not the head is tied
+    to it. `model.named_parameters()` goes by the order of the modules instead, and the head of
+    XLM-R comes first in transformers 5.
 
     Raises:
         TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return dict(model.named_parameters())
+    place, inner = _backbone(model)
+    inside = {id(p): name for name, p in inner.named_parameters(prefix=place)}
+    return {inside.get(id(p), name): p for name, p in model.named_parameters()}
 
 
 def aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -53,6 +60,22 @@ def aliases(model: nn.Module) -> dict[str, list[str]]:
         if (own := first[id(parameter)]) != name:
             further.setdefault(own, []).append(name)
     return further
+
+
+def known_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by every name that a file may have for them: all of their own; and as
+    transformers loads a bare model from a file of one with a head and the other way round, those
+    with the backbone's prefix put before or taken off, where no parameter has that name."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    place, inner = _backbone(model)
+    prefix = place or getattr(model, "base_model_prefix", "")
+    if not isinstance(prefix, str) or not prefix:
+        return own
+    if place:
+        others = dict(inner.named_parameters(remove_duplicate=False))
+    else:
+        others = {f"{prefix}.{name}": parameter for name, parameter in own.items()}
+    return {**others, **own}
 
 
 def check_usable(what: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -75,19 +98,37 @@ def unusable(tensor: object) -> str | None:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The pretrained part of a model: a Hugging Face model's base model, else all of it."""
+    return _backbone(model)[1]
+
+
+def _backbone(model: nn.Module) -> tuple[str, nn.Module]:
+    """Where the backbone is in a model ("" for all of it), and the backbone."""
     prefix = getattr(model, "base_model_prefix", "")
     inner = getattr(model, prefix, None) if isinstance(prefix, str) and prefix else None
-    return inner if isinstance(inner, nn.Module) else model
+    places = (place for place, module in model.named_modules() if module is inner)
+    place = next(places, "")
+    return (place, inner) if place and isinstance(inner, nn.Module) else ("", model)
 
 
 def backbone_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that belong to the backbone, as `model.named_parameters()` gives
-    them.
+    """Names of the parameters that belong to the backbone, as `named_parameters` gives them.
 
-    Membership goes by the parameter itself, not by a prefix of its name, so a tied embedding counts
-    whatever it is called.
+    Membership goes by the parameter itself, not by a prefix of its name. An output matrix belongs
+    to it where it is tied to the input embeddings; T5 keeps one of its own beside the encoder and
+    the decoder, and that is a head.
     """
-    inside = {id(parameter) for parameter in backbone(model).parameters()}
+    inner = backbone(model)
+    inside = {id(parameter) for parameter in inner.parameters()}
+    find_out = getattr(model, "get_output_embeddings", None)
+    output = find_out() if callable(find_out) and inner is model else None
+    if isinstance(output, nn.Module):
+        elsewhere = {
+            id(parameter)
+            for module in model.modules()
+            if module is not output
+            for parameter in module.parameters(recurse=False)
+        }
+        inside &= elsewhere
     return {name for name, parameter in named_parameters(model).items() if id(parameter) in inside}
 
 
@@ -145,8 +186,7 @@ def decouple_output_embeddings(model: nn.Module, *, freeze: bool = True) -> list
     if not callable(find_out) or not callable(find_in):
         raise TypeError(
             f"decouple_output_embeddings: {type(model).__name__} has no get_output_embeddings() "
-            "and "
-            "get_input_embeddings(); replace its output matrix by a frozen copy yourself"
+            "and get_input_embeddings(); replace its output matrix by a frozen copy yourself"
         )
     output, embedding = find_out(), find_in()
     if output is None:
@@ -162,7 +202,7 @@ def decouple_output_embeddings(model: nn.Module, *, freeze: bool = True) -> list
     ]
 
 
-def _forget_tie(model: nn.Module, weight: nn.Parameter) -> None:
+def _forget_tie(model: Any, weight: nn.Parameter) -> None:
     """Keeps `tie_weights()` from tying an output matrix again, and all other ties as they are."""
     tables: list[Any] = [
         m
@@ -181,11 +221,27 @@ def _forget_tie(model: nn.Module, weight: nn.Parameter) -> None:
     if tables:
         return
     config: Any = getattr(model, "config", None)
+    switches = ("is_encoder_decoder", "tie_word_embeddings")
+    if all(getattr(config, s, False) for s in switches) and hasattr(model, "_tie_or_clone_weights"):
+        # In transformers 4 the second ties encoder and decoder too, and scales T5's output.
+        model._tie_or_clone_weights = MethodType(_tie_all_but_the_output, model)
+        warnings.warn(
+            "decouple_output_embeddings: with this version of transformers, a saved "
+            f"{type(model).__name__} has its output matrix tied again when it is loaded; save the "
+            "SFT rather than the model, or use transformers 5",
+            stacklevel=3,
+        )
+        return
     get_text = getattr(config, "get_text_config", None)
     parts: list[Any] = [config, get_text() if callable(get_text) else None]
     for part in parts:
         if getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
+
+
+def _tie_all_but_the_output(model: Any, output: nn.Module, embedding: nn.Module) -> None:
+    if output is not model.get_output_embeddings():
+        type(model)._tie_or_clone_weights(model, output, embedding)
 
 
 def _without(names: set[str], table: dict[str, str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from sparse_ft_kernels import gather, masked_adamw_
 
 from .delta import SparseDelta
-from .families import aliases, unusable
+from .families import aliases, named_parameters, unusable
 from .snapshot import starting_values
 from .tiles import Layout, Support
 
@@ -145,7 +145,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._aliases: dict[str, list[str]] = {}
         if isinstance(params, nn.Module):
             self._aliases = aliases(params)
-            params = params.named_parameters()
+            params = named_parameters(params).items()
         groups: list[Any] = list(params)
         if not groups:
             raise ValueError("MaskedAdamW: no parameters given")
@@ -163,7 +163,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if missing:
             raise ValueError(
                 f"MaskedAdamW: the support selects entries of {missing[0]!r}, which is not among "
-                "the parameters given"
+                "the parameters given; where it is tied, give the model itself"
             )
         if not self._units:
             raise ValueError(

@@ -1,14 +1,23 @@
 """families: norms, tied output embeddings and backbones of models as they come."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from oracles import assert_bits
-from torch import Tensor, nn
+from tiny_models import tiny
+from torch import nn
 
 import sparse_ft as sf
-from sparse_ft.families import aliases, backbone, backbone_names, is_norm, named_parameters
+from sparse_ft.families import (
+    aliases,
+    backbone,
+    backbone_names,
+    is_norm,
+    known_names,
+    named_parameters,
+)
 
 
 class T5LayerNorm(nn.Module):
@@ -84,139 +93,25 @@ def test_aliases_and_backbones_of_plain_modules():
     assert backbone(model) is model
 
 
-# --- models of transformers, tiny and with random weights -----------------------------------------
-
-SIZES = {"vocab_size": 37, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+# --- models of transformers: more of them in test_model_families.py -------------------------------
 
 
-def tiny(name: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    kind, config = {
-        "xlm-r": (
-            "XLMRobertaForMaskedLM",
-            transformers.XLMRobertaConfig(**SIZES, intermediate_size=16),
-        ),
-        "bert": ("BertForMaskedLM", transformers.BertConfig(**SIZES, intermediate_size=16)),
-        "gpt2": (
-            "GPT2LMHeadModel",
-            transformers.GPT2Config(
-                vocab_size=37, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-            ),
-        ),
-        "llama": (
-            "LlamaForCausalLM",
-            transformers.LlamaConfig(**SIZES, intermediate_size=16, tie_word_embeddings=True),
-        ),
-        "untied": (
-            "LlamaForCausalLM",
-            transformers.LlamaConfig(**SIZES, intermediate_size=16, tie_word_embeddings=False),
-        ),
-        "t5": (
-            "T5ForConditionalGeneration",
-            transformers.T5Config(
-                vocab_size=37, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-            ),
-        ),
-        "bart": (
-            "BartForConditionalGeneration",
-            transformers.BartConfig(
-                vocab_size=37,
-                d_model=8,
-                max_position_embeddings=20,
-                **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
-                **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
-                **{f"{side}_ffn_dim": 8 for side in ("encoder", "decoder")},
-            ),
-        ),
-    }[name]
-    model = getattr(transformers, kind)(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # so that a lost bias shows
-            p.add_(torch.randn(p.shape) * 0.1)
-    return model
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    ids = torch.arange(4, 10)[None]
-    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    return model(input_ids=ids, **more).logits
-
-
-OUTPUT = {
-    "xlm-r": "lm_head.decoder.weight",
-    "bert": "cls.predictions.decoder.weight",
-    **dict.fromkeys(("gpt2", "llama", "untied", "t5", "bart"), "lm_head.weight"),
-}
-
-
-def groups(model: nn.Module) -> set[frozenset[str]]:
-    """The names of tied parameters, together."""
-    return {frozenset([own, *names]) for own, names in aliases(model).items()}
-
-
-@pytest.mark.parametrize("name", OUTPUT)
-@pytest.mark.parametrize("moved", [False, True])
-def test_output_embeddings_are_decoupled_for_good(name, moved, tmp_path):
-    model = tiny(name)
-    before = logits(model)
-    ties = groups(model)
-    assert sf.decouple_output_embeddings(model) == [OUTPUT[name]]
-    assert torch.equal(logits(model), before)
-    output, embedding = (
-        model.get_output_embeddings().weight,
-        model.get_input_embeddings().weight,
-    )
-    assert output is not embedding
-    assert output.data_ptr() != embedding.data_ptr()
-    assert (output.requires_grad, embedding.requires_grad) == (False, True)
-    # Everything else that was tied still is.
-    rest = {group - {OUTPUT[name]} for group in ties}
-    assert groups(model) == {group for group in rest if len(group) > 1}
-    frozen = output.detach().clone()
-    if moved:
-        with torch.no_grad():
-            embedding += 1.0
-            for n, p in model.named_parameters():
-                if n.endswith("bias"):
-                    p += 0.25
-    model.tie_weights()
-    assert model.get_output_embeddings().weight is output
-    assert_bits(output.detach(), frozen)
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(loaded), logits(model))
-    assert_bits(loaded.get_output_embeddings().weight.detach(), frozen)
-    for n, p in model.named_parameters(remove_duplicate=False):
-        found = dict(loaded.named_parameters(remove_duplicate=False))[n]
-        assert_bits(found.detach(), p.detach(), n)
-    # And once more, on the loaded model.
-    assert sf.decouple_output_embeddings(loaded) == [OUTPUT[name]]
-    loaded.tie_weights()
-    assert loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight
-    assert not loaded.get_output_embeddings().weight.requires_grad
-    # A second call changes nothing.
-    assert sf.decouple_output_embeddings(model) == [OUTPUT[name]]
-    assert model.get_output_embeddings().weight is output
-
-
-@pytest.mark.parametrize("name", ["xlm-r", "bart"])
-def test_training_leaves_the_output_matrix_alone(name):
-    model = tiny(name)
+@pytest.mark.parametrize(
+    ("family", "name"), [("XLM-R", "lm_head.decoder.weight"), ("GPT-2", "lm_head.weight")]
+)
+def test_training_leaves_the_output_matrix_alone(family, name):
+    model = tiny(family)
     sf.decouple_output_embeddings(model)
     sf.freeze_norms(model)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    assert OUTPUT[name] in frozen
+    assert name in frozen
 
     def train(phase):
         opt = phase.optimizer(lr=1e-2)
         ids = torch.arange(4, 10)[None]
-        more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         for _ in range(2):
             nn.functional.cross_entropy(
-                model(input_ids=ids, **more).logits.flatten(0, 1), ids.flatten()
+                model(input_ids=ids).logits.flatten(0, 1), ids.flatten()
             ).backward()
             opt.step()
             opt.zero_grad()
@@ -225,8 +120,8 @@ def test_training_leaves_the_output_matrix_alone(name):
 
     ticket = sf.LotteryTicket(model, k=50)
     delta = ticket.fit(train)
-    assert OUTPUT[name] not in delta.layout
-    assert OUTPUT[name] not in delta.heads
+    assert name not in delta.layout
+    assert name not in delta.heads
     embedding = model.get_input_embeddings().weight
     assert next(n for n, p in model.named_parameters() if p is embedding) in delta.layout
 
@@ -262,7 +157,7 @@ def test_where_ties_follow_the_configuration_it_is_switched_off():
 
 
 def test_an_output_matrix_may_stay_trainable():
-    model = tiny("gpt2")
+    model = tiny("GPT-2")
     assert sf.decouple_output_embeddings(model, freeze=False) == ["lm_head.weight"]
     assert model.lm_head.weight is not model.get_input_embeddings().weight
     assert model.lm_head.weight.requires_grad
@@ -271,33 +166,61 @@ def test_an_output_matrix_may_stay_trainable():
 def test_models_without_output_embeddings():
     with pytest.raises(TypeError, match="Linear has no get_output_embeddings"):
         sf.decouple_output_embeddings(nn.Linear(2, 2))
-    model = tiny("bert").bert
+    model = tiny("BERT").bert
     assert sf.decouple_output_embeddings(model) == []
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_backbones_and_norms_of_transformers():
-    for name, prefix in [
-        *(("xlm-r", "roberta."), ("bert", "bert."), ("gpt2", "transformer.")),
-        *(("llama", "model."), ("bart", "model.")),
-    ]:
-        model = tiny(name)
-        names = {n for n, _ in model.named_parameters()}
-        tied = {own for own, further in aliases(model).items() if own == OUTPUT[name]}
-        assert backbone_names(model) == {n for n in names if n.startswith(prefix)} | tied, name
-        inside = backbone_names(model)
-        embedding = model.get_input_embeddings().weight
-        assert any(p is embedding for n, p in model.named_parameters() if n in inside)
-    # The substring that the reference implementation looks for misses these.
-    assert set(sf.freeze_norms(tiny("xlm-r"))) - set(
-        sf.freeze_norms(tiny("xlm-r"), by_name=True)
-    ) == {
-        "lm_head.layer_norm.weight",
-        "lm_head.layer_norm.bias",
-    }
-    llama = sf.freeze_norms(tiny("llama"))
-    assert llama
-    assert sf.freeze_norms(tiny("llama"), by_name=True) == []
-    assert all("norm" in n for n in llama)
-    assert all("ln_" in n for n in sf.freeze_norms(tiny("gpt2")))
-    assert all("layer_norm" in n for n in sf.freeze_norms(tiny("t5")))
+def test_norms_that_the_reference_implementation_misses():
+    by_type, by_name = (set(sf.freeze_norms(tiny("XLM-R"), by_name=b)) for b in (False, True))
+    assert by_type - by_name == {"lm_head.layer_norm.weight", "lm_head.layer_norm.bias"}
+    assert by_name < by_type
+    assert sf.freeze_norms(tiny("Llama"), by_name=True) == []
+
+
+class Tied(nn.Module):
+    """A head that comes before the backbone and is tied to it, as XLM-R's is in transformers 5."""
+
+    base_model_prefix = "inner"
+
+    def __init__(self, attribute: str = "inner") -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 5)
+        setattr(self, attribute, nn.ModuleDict({"emb": nn.Embedding(5, 4), "lin": nn.Linear(4, 4)}))
+        self.head.weight = getattr(self, attribute)["emb"].weight
+
+
+def test_a_tied_parameter_goes_by_its_name_in_the_backbone():
+    model = Tied()
+    assert next(n for n, _ in model.named_parameters()) == "head.weight"
+    inside = {"inner.emb.weight", "inner.lin.weight", "inner.lin.bias"}
+    assert list(named_parameters(model)) == [
+        *("inner.emb.weight", "head.bias", "inner.lin.weight", "inner.lin.bias")
+    ]
+    assert backbone_names(model) == inside
+    assert aliases(model) == {"inner.emb.weight": ["head.weight"]}
+    # A prefix that names no module says nothing.
+    assert next(iter(named_parameters(Tied("other")))) == "head.weight"
+    base, theta0 = copy.deepcopy(model), sf.snapshot(model)
+    support = sf.select(model, density=1.0, criterion="random")
+    assert set(support.layout.names) == inside
+    optimizer = sf.MaskedAdamW(model, support, theta0)
+    with torch.no_grad():
+        model.inner["emb"].weight += 1.0
+    for delta in (optimizer.delta(), sf.SparseDelta.between(base, model)):
+        assert "inner.emb.weight" in delta.layout
+        assert delta.meta["aliases"] == {"inner.emb.weight": ["head.weight"]}
+    with pytest.raises(ValueError, match=r"of 'inner.emb.weight', .* give the model itself"):
+        sf.MaskedAdamW(model.named_parameters(), support)
+
+
+def test_the_prefix_of_the_backbone_is_put_before_or_taken_off():
+    model = Tied()
+    bare = model.inner
+    bare.base_model_prefix = "inner"
+    own, inner = known_names(model), known_names(bare)
+    assert own["lin.weight"] is own["inner.lin.weight"] is inner["lin.weight"]
+    assert inner["inner.lin.weight"] is inner["lin.weight"]
+    # A name of the model's own comes first.
+    model.lin = nn.Linear(4, 4)
+    assert known_names(model)["lin.weight"] is model.lin.weight
