@@ -24,6 +24,7 @@ from sparse_ft_kernels.contract import describe_unusable
 
 from . import torch_zip
 from .delta import VALUE_DTYPES, SparseDelta, check_head
+from .families import known_names
 from .files import LEGACY_NAME, MAX_DIMS, MAX_NUMEL, SFTFileError, new_file
 from .metadata import MAX_TENSORS, SFTError, check_name, short
 from .tiles import TILE, Layout, Support
@@ -185,7 +186,7 @@ def _reversed(flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _selected(support: Support, base: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The base values at the selected entries of each tensor."""
     if isinstance(base, nn.Module):
-        base = dict(base.named_parameters(remove_duplicate=False))
+        base = known_names(base)
     found = {}
     for name, shape in zip(support.layout.names, support.layout.shapes, strict=True):
         tensor = base.get(name)

@@ -24,6 +24,7 @@ from sparse_ft_kernels.reference import mix, shift, signed
 
 from .compose import among, canonical_order, given, placed, weighed
 from .delta import SFTError, SparseDelta
+from .families import known_names
 from .tiles import Layout, Support
 
 __all__ = ["RULES", "Rule", "Terms", "merge", "rule"]
@@ -651,9 +652,7 @@ def _base_values(
     deltas: Sequence[SparseDelta], base: nn.Module | Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
     """The base model's tensors by every name they have, once the deltas are known to be of it."""
-    values = (
-        dict(base.named_parameters(remove_duplicate=False)) if isinstance(base, nn.Module) else base
-    )
+    values: Mapping[str, Tensor] = known_names(base) if isinstance(base, nn.Module) else base
     for delta in deltas:
         delta.check_base(_tensors_of(delta, values))
     return values
