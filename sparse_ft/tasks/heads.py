@@ -1,0 +1,119 @@
+"""Models and tokenizers of the tasks, from a folder or the Hub, by transformers' own classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["load_model", "load_tokenizer"]
+
+
+def load_model(
+    base: str | os.PathLike[str],
+    auto: str,
+    *,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """A pretrained model under a head, which is new where the base has none.
+
+    Args:
+        base: A folder with a model, or its name on the Hub.
+        auto: The class of transformers that knows the head, such as
+            "AutoModelForTokenClassification".
+        labels: What the head tells apart, in order; in `model.config` from then on.
+        seed: Of the head's values: the same seed gives the same head, whatever was drawn before.
+        **options: Of `from_pretrained`; `dtype` is float32 unless given, as weights in half
+            precision do not move (each step rounds away).
+
+    Raises:
+        OSError: There is no such model, or it cannot be read or reached.
+        ValueError: transformers has no such head for this kind of model.
+    """
+    import transformers
+
+    options = {"dtype": torch.float32, **options}
+    if labels is not None:
+        options |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model: nn.Module = getattr(transformers, auto).from_pretrained(
+                os.fspath(base), **options
+            )
+    except OSError as error:
+        raise _not_found(base, "model", error) from None
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(f"{base}: transformers has no {auto} for this kind of model") from None
+    return model
+
+
+def load_tokenizer(base: str | os.PathLike[str], *, words: bool = False) -> Any:
+    """The fast tokenizer of a model; where it has no padding piece, the end of text is one.
+
+    Args:
+        base: A folder with a tokenizer, or the model's name on the Hub.
+        words: It will be given words, not text: byte-level vocabularies must then see the space
+            before each.
+
+    Raises:
+        OSError: There is no such tokenizer, or it cannot be read or reached.
+        ValueError: It is not a fast one, or has neither padding nor end of text.
+    """
+    import transformers
+
+    options = {"add_prefix_space": True} if words else {}
+    try:
+        with _quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(base), **options)
+    except OSError as error:
+        raise _not_found(base, "tokenizer", error) from None
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{base}: the tokenizer is not a fast one, and only those tell which word a piece is "
+            "of; a tokenizer.json in the folder makes it one"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"{base}: the tokenizer has no padding piece and no end of text")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _not_found(base: str | os.PathLike[str], what: str, error: OSError) -> OSError:
+    reason = str(error).strip().partition("\n")[0]
+    if Path(base).is_dir():
+        return OSError(f"{base}: the folder holds no {what} that can be read ({reason})")
+    return OSError(
+        f"{base}: neither a folder with a {what} nor a model that the Hub or its cache gives "
+        f"({reason})"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers warns that the head is new, which is what was asked for, and shows bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

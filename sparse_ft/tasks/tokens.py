@@ -1,0 +1,239 @@
+"""Token classification: part-of-speech tags, named entities, slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .base import (
+    Features,
+    Task,
+    batches,
+    check_length,
+    evaluating,
+    field,
+    for_model,
+    head_labels,
+    label_ids,
+    register,
+    unknown_label,
+)
+from .data import DataError, Examples, source_of, where
+from .metrics import SCHEMES, accuracy, entity_f1
+
+__all__ = ["UPOS", "TokenClassification"]
+
+UPOS = (
+    *("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN"),
+    *("PUNCT", "SCONJ", "SYM", "VERB", "X"),
+)
+"""The universal parts of speech: what a tagger of them tells apart, seen in training or not."""
+
+
+@register
+@dataclass(frozen=True)
+class TokenClassification(Task):
+    """One label a word, on its first piece.
+
+    A sentence too long for the model is read in windows that overlap by up to a quarter; each word
+    is trained and scored once, in the window where it has more context. A word of which the
+    tokenizer leaves nothing is read as the unknown piece.
+
+    Attributes:
+        metric: "f1" of entities (labels such as B-PER), or "accuracy" of words.
+        scheme: How entities are counted; see `metrics.entity_f1`.
+        tokens: The field that holds the words.
+        tags: The field that holds the labels: "tags" of CoNLL files, "upos" of CoNLL-U.
+    """
+
+    name: ClassVar[str] = "tokens"
+    auto: ClassVar[str] = "AutoModelForTokenClassification"
+    words: ClassVar[bool] = True
+    plain: ClassVar[str] = "conll"
+    fills: ClassVar[dict[str, int]] = {"labels": -100}
+
+    metric: str = "f1"
+    scheme: str | None = None
+    tokens: str = "tokens"
+    tags: str = "tags"
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("f1", "accuracy"):
+            raise ValueError(f'metric is {self.metric!r}; tokens have "f1" and "accuracy"')
+        if self.scheme is not None and self.scheme not in SCHEMES:
+            raise ValueError(
+                f"scheme is {self.scheme!r}; it must be one of {', '.join(SCHEMES)}, or none"
+            )
+
+    def checked(self, examples: Examples) -> Examples:
+        for i in range(len(examples)):
+            words = field(examples, i, self.tokens, list)
+            tags = field(examples, i, self.tags, list)
+            if not words or len(words) != len(tags):
+                raise DataError(f"{examples.where(i)}: {len(words)} words and {len(tags)} labels")
+            for values in (words, tags):
+                for value in values:
+                    if not isinstance(value, str) or not value:
+                        raise DataError(
+                            f"{examples.where(i)}: words and labels must be text, found {value!r}"
+                        )
+        return examples
+
+    def labels(self, examples: Sequence[dict[str, Any]]) -> list[str]:
+        found = {tag for example in examples for tag in example[self.tags]}
+        if self.tags == "upos":
+            found |= {*UPOS}
+        if self.metric == "f1":
+            self._check_prefixes(found, source_of(examples))
+        if len(found) < 2:
+            raise DataError(f"{source_of(examples)}: has one label, {found}; two are needed")
+        return sorted(found)
+
+    def _check_prefixes(self, labels: set[str], source: str) -> None:
+        if wrong := sorted(label for label in labels if label != "O" and label[1:2] != "-"):
+            raise DataError(
+                f"{source}: the label {wrong[0]!r} is not of an entity (O, B-PER, I-PER, …); for "
+                'words without entities, the metric is "accuracy"'
+            )
+
+    def encode(
+        self,
+        examples: Sequence[dict[str, Any]],
+        tokenizer: Any,
+        max_length: int,
+        *,
+        labels: Sequence[str] | None = None,
+    ) -> Features:
+        ids = label_ids(labels)
+        room = check_length(tokenizer, max_length)
+        features = []
+        for i, example in enumerate(examples):
+            for tag in example[self.tags]:
+                if tag not in ids:
+                    raise unknown_label(examples, i, tag, labels)
+            words, counts = readable(example[self.tokens], tokenizer, where(examples, i))
+            for start, end, first, last in windows(counts, room):
+                encoding = tokenizer(
+                    words[start:end],
+                    is_split_into_words=True,
+                    truncation=True,
+                    max_length=max_length,
+                    verbose=False,
+                )
+                positions = first_pieces(encoding.word_ids())
+                targets = [-100] * len(encoding["input_ids"])
+                for word in range(first, last):
+                    targets[positions[word - start]] = ids[example[self.tags][word]]
+                features.append(
+                    {
+                        **for_model(encoding),
+                        "labels": targets,
+                        "example": i,
+                        "words": range(first, last),
+                    }
+                )
+        if not features:
+            raise DataError(f"{source_of(examples)}: holds no sentence")
+        return features
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        features: Features,
+        examples: Sequence[dict[str, Any]],
+        tokenizer: Any,
+        batch_size: int = 32,
+    ) -> dict[str, float]:
+        names = head_labels(model)
+        device = next(model.parameters()).device
+        predicted = [[""] * len(example[self.tokens]) for example in examples]
+        with evaluating(model):
+            for chosen, batch in batches(features, self.collate(tokenizer), batch_size, device):
+                wanted = batch.pop("labels") != -100
+                classes = model(**batch).logits.argmax(-1)
+                for i, row, positions in zip(
+                    chosen, classes.tolist(), wanted.tolist(), strict=True
+                ):
+                    said = [names[c] for c, here in zip(row, positions, strict=True) if here]
+                    feature = features[i]
+                    for word, label in zip(feature["words"], said, strict=True):
+                        predicted[feature["example"]][word] = label
+        gold = [example[self.tags] for example in examples]
+        flat = [tag for tags in gold for tag in tags]
+        scores = {"accuracy": accuracy([tag for tags in predicted for tag in tags], flat)}
+        if self.metric == "f1":
+            self._check_prefixes({*flat}, source_of(examples))
+            scores |= entity_f1(predicted, gold, self.scheme)
+        return {**scores, "n": float(len(flat))}
+
+
+def readable(words: Sequence[str], tokenizer: Any, at: str) -> tuple[list[str], list[int]]:
+    """Words of which the tokenizer leaves something, and the pieces of each.
+
+    Raises:
+        DataError: It leaves nothing of a word and has no unknown piece; it begins with `at`.
+    """
+    readable = list(words)
+    counts = _piece_counts(readable, tokenizer)
+    if 0 in counts and tokenizer.unk_token is not None:
+        readable = [
+            word if count else tokenizer.unk_token
+            for word, count in zip(readable, counts, strict=True)
+        ]
+        counts = _piece_counts(readable, tokenizer)
+    if 0 in counts:
+        raise DataError(f"{at}: the tokenizer leaves nothing of {words[counts.index(0)]!r}")
+    return readable, counts
+
+
+def _piece_counts(words: list[str], tokenizer: Any) -> list[int]:
+    encoding = tokenizer(words, is_split_into_words=True, add_special_tokens=False, verbose=False)
+    counts = [0] * len(words)
+    for word in encoding.word_ids():
+        counts[word] += 1
+    return counts
+
+
+def first_pieces(word_ids: Sequence[int | None]) -> dict[int, int]:
+    """Word → the position of its first piece."""
+    first: dict[int, int] = {}
+    for position, word in enumerate(word_ids):
+        if word is not None:
+            first.setdefault(word, position)
+    return first
+
+
+def windows(counts: Sequence[int], room: int) -> list[tuple[int, int, int, int]]:
+    """Covers words by windows of at most `room` pieces that overlap by up to a quarter.
+
+    Args:
+        counts: Pieces of each word; one of more than `room` is cut off.
+        room: Pieces of a window.
+
+    Returns:
+        (start, end, first, last): the words that a window holds, and among them those that it
+        answers for. Every word has one window that does.
+    """
+    counts = [min(count, room) for count in counts]
+    spans: list[tuple[int, int]] = []
+    start = end = 0
+    while end < len(counts):
+        used = sum(counts[start:end])
+        if used + counts[end] > room:
+            start += 1  # the overlap leaves no room for the next word
+            continue
+        while end < len(counts) and used + counts[end] <= room:
+            used += counts[end]
+            end += 1
+        spans.append((start, end))
+        overlap = 0
+        start = end
+        while start > spans[-1][0] + 1 and overlap + counts[start - 1] <= room // 4:
+            start -= 1
+            overlap += counts[start]
+    cuts = [0, *((a[1] + b[0]) // 2 for a, b in pairwise(spans)), len(counts)]
+    return [(*span, *cut) for span, cut in zip(spans, pairwise(cuts), strict=True)]
