@@ -4,7 +4,7 @@
 (`pip install "sparse-ft[tasks]"`).
 """
 
-from . import lm, tokens  # noqa: F401  (each registers its tasks)
+from . import lm, parsing, qa, sequences, tokens  # noqa: F401  (each registers its tasks)
 from .base import TASKS, Task
 from .data import DataError, Examples, held_out
 
