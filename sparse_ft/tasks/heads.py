@@ -66,8 +66,7 @@ def load_tokenizer(base: str | os.PathLike[str], *, words: bool = False) -> Any:
 
     Args:
         base: A folder with a tokenizer, or the model's name on the Hub.
-        words: It will be given words, not text: byte-level vocabularies must then see the space
-            before each.
+        words: It will be given words, not text; some refuse that unless told.
 
     Raises:
         OSError: There is no such tokenizer, or it cannot be read or reached.

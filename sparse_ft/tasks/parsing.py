@@ -30,7 +30,7 @@ from .base import (
 from .data import DataError, Examples, source_of, where
 from .heads import load_model
 from .metrics import attachment
-from .tokens import readable
+from .tokens import Words
 
 __all__ = ["RELATIONS", "BiaffineParser", "DependencyParsing", "spanning_tree"]
 
@@ -278,19 +278,14 @@ class DependencyParsing(Task):
     ) -> Features:
         ids = label_ids(labels)
         check_length(tokenizer, max_length)
+        reader = Words(tokenizer)
         features = []
         for i, example in enumerate(examples):
             for relation in example[self.relations]:
                 if relation not in ids:
                     raise unknown_label(examples, i, relation, labels)
-            words, _ = readable(example[self.tokens], tokenizer, where(examples, i))
-            encoding = tokenizer(
-                words,
-                is_split_into_words=True,
-                truncation=True,
-                max_length=max_length,
-                verbose=False,
-            )
+            words, _ = reader.readable(example[self.tokens], where(examples, i))
+            encoding = reader.encode(words, max_length)
             index = [-1 if word is None else word + 1 for word in encoding.word_ids()]
             if index[0] != -1:
                 raise ValueError(

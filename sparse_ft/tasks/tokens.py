@@ -110,20 +110,15 @@ class TokenClassification(Task):
     ) -> Features:
         ids = label_ids(labels)
         room = check_length(tokenizer, max_length)
+        reader = Words(tokenizer)
         features = []
         for i, example in enumerate(examples):
             for tag in example[self.tags]:
                 if tag not in ids:
                     raise unknown_label(examples, i, tag, labels)
-            words, counts = readable(example[self.tokens], tokenizer, where(examples, i))
+            words, counts = reader.readable(example[self.tokens], where(examples, i))
             for start, end, first, last in windows(counts, room):
-                encoding = tokenizer(
-                    words[start:end],
-                    is_split_into_words=True,
-                    truncation=True,
-                    max_length=max_length,
-                    verbose=False,
-                )
+                encoding = reader.encode(words[start:end], max_length)
                 positions = first_pieces(encoding.word_ids())
                 targets = [-100] * len(encoding["input_ids"])
                 for word in range(first, last):
@@ -171,31 +166,63 @@ class TokenClassification(Task):
         return {**scores, "n": float(len(flat))}
 
 
-def readable(words: Sequence[str], tokenizer: Any, at: str) -> tuple[list[str], list[int]]:
-    """Words of which the tokenizer leaves something, and the pieces of each.
+class Words:
+    """Tokenizes words that are words already, each as it would be inside a text.
 
-    Raises:
-        DataError: It leaves nothing of a word and has no unknown piece; it begins with `at`.
+    A tokenizer over bytes takes "cat" for the beginning of a text unless a space is before it; so
+    that a model sees what it was trained on, one is put there.
+
+    Args:
+        tokenizer: A fast one.
     """
-    readable = list(words)
-    counts = _piece_counts(readable, tokenizer)
-    if 0 in counts and tokenizer.unk_token is not None:
-        readable = [
-            word if count else tokenizer.unk_token
-            for word, count in zip(readable, counts, strict=True)
-        ]
-        counts = _piece_counts(readable, tokenizer)
-    if 0 in counts:
-        raise DataError(f"{at}: the tokenizer leaves nothing of {words[counts.index(0)]!r}")
-    return readable, counts
 
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.space = ""
+        second = self._ids("a a")[len(self._ids("a")) :]
+        if second != self._ids(["a"]) and second == self._ids([" a"]):
+            self.space = " "
 
-def _piece_counts(words: list[str], tokenizer: Any) -> list[int]:
-    encoding = tokenizer(words, is_split_into_words=True, add_special_tokens=False, verbose=False)
-    counts = [0] * len(words)
-    for word in encoding.word_ids():
-        counts[word] += 1
-    return counts
+    def _ids(self, text: str | list[str]) -> list[int]:
+        split = isinstance(text, list)
+        found = self.tokenizer(text, is_split_into_words=split, add_special_tokens=False)
+        ids: list[int] = found["input_ids"]
+        return ids
+
+    def readable(self, words: Sequence[str], at: str) -> tuple[list[str], list[int]]:
+        """The words as `encode` takes them, and the pieces of each; one of which the tokenizer
+        leaves nothing becomes the unknown piece.
+
+        Raises:
+            DataError: It leaves nothing of a word and has no unknown piece; it begins with `at`.
+        """
+        readable = [self.space + word for word in words]
+        counts = self._counts(readable)
+        if 0 in counts and (unknown := self.tokenizer.unk_token) is not None:
+            readable = [w if n else unknown for w, n in zip(readable, counts, strict=True)]
+            counts = self._counts(readable)
+        if 0 in counts:
+            raise DataError(f"{at}: the tokenizer leaves nothing of {words[counts.index(0)]!r}")
+        return readable, counts
+
+    def _counts(self, words: list[str]) -> list[int]:
+        encoding = self.tokenizer(
+            words, is_split_into_words=True, add_special_tokens=False, verbose=False
+        )
+        counts = [0] * len(words)
+        for word in encoding.word_ids():
+            counts[word] += 1
+        return counts
+
+    def encode(self, words: list[str], max_length: int) -> Any:
+        """An encoding of readable words, special pieces included, cut off at max_length."""
+        return self.tokenizer(
+            words,
+            is_split_into_words=True,
+            truncation=True,
+            max_length=max_length,
+            verbose=False,
+        )
 
 
 def first_pieces(word_ids: Sequence[int | None]) -> dict[int, int]:
