@@ -380,7 +380,7 @@ def read_dataset(
             found: Any = datasets.load_from_disk(os.fspath(source))
         else:
             found = datasets.load_dataset(os.fspath(source), config, revision=revision, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(
             f"{source}: no such file or folder here, and no data set that can be read "
