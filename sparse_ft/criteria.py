@@ -34,7 +34,9 @@ __all__ = [
     "Criterion",
     "as_criterion",
     "bias",
+    "by_score",
     "calibrate",
+    "criterion",
     "denoised",
     "fisher",
     "given",
@@ -58,7 +60,7 @@ class Candidates:
     Args:
         names: Names of the eligible tensors, in canonical order.
         current: Their values now.
-        start: Their values at the start, read when they are asked for; None where there are none.
+        start: Their values at the start, on any device; None where there are none.
         k: Entries to choose.
         exclude: idx and ptr of entries that must not be chosen.
         seed: For criteria that draw at random.
@@ -156,11 +158,19 @@ def as_criterion(what: str | Criterion | Score) -> Criterion:
             "select: criterion must be a name, one of sparse_ft.criteria, or a function "
             f"(name, now, start) -> scores, got {type(what).__name__}"
         )
-    return Criterion("custom", _ranked(what), settings={"method": "custom"})
+    return by_score("custom", what, method="custom")
 
 
-def _ranked(score: Score) -> Callable[[Candidates], Choice]:
-    """Chooses by scores of each tensor."""
+def by_score(name: str, score: Score, *, needs_training: bool = True, **settings: Any) -> Criterion:
+    """A criterion that takes the entries of largest |score|.
+
+    Args:
+        name: Its name.
+        score: `(name, now, start) -> scores`, in the shape of the tensor `now`; `start` is None
+            where there is no θ0. It is asked for one tensor after another.
+        needs_training: Does full tuning have to come first?
+        **settings: What its recipe says.
+    """
 
     def scores(candidates: Candidates) -> Iterator[Tensor]:
         for i, (name, now) in enumerate(zip(candidates.names, candidates.current, strict=True)):
@@ -177,7 +187,10 @@ def _ranked(score: Score) -> Callable[[Candidates], Choice]:
                 )
             yield found
 
-    return lambda candidates: (*candidates.largest(scores(candidates)), {})
+    def choose(candidates: Candidates) -> Choice:
+        return (*candidates.largest(scores(candidates)), {})
+
+    return Criterion(name, choose, needs_training, settings)
 
 
 # --- by how far entries moved -----------------------------------------------------------------
@@ -190,22 +203,19 @@ def magnitude() -> Criterion:
     def choose(candidates: Candidates) -> Choice:
         start = candidates.beginnings("magnitude")
         k, tie, exclude = candidates.k, candidates.tie, candidates.exclude
-        before = [start[i] for i in range(len(start))] if _beside(candidates) else None
-        if before is not None:
-            return (*select_topk(candidates.current, before, k=k, exclude=exclude, tie=tie), {})
+        if _on(candidates.device, start):
+            return (*select_topk(candidates.current, start, k=k, exclude=exclude, tie=tie), {})
         # A start that lies elsewhere comes over in pieces.
         top = TopK(k, tie, exclude, candidates.device)
-        for i, now in enumerate(candidates.current):
-            top.add(now, start[i])
+        for now, before in zip(candidates.current, start, strict=True):
+            top.add(now, before)
         return (*top.result(), {})
 
     return Criterion("magnitude", choose, settings={"method": "LT-SFT"})
 
 
-def _beside(candidates: Candidates) -> bool:
-    """Does the start lie on the device of the values now?"""
-    start = candidates.beginnings("magnitude")
-    return all(start[i].device == candidates.device for i in range(len(start)))
+def _on(device: torch.device, tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.device == device for tensor in tensors)
 
 
 @criterion
@@ -334,8 +344,9 @@ def weight(largest: bool = True) -> Criterion:
         bits = now.to(torch.float32).abs().view(torch.int32)
         return (0x7F7FFFFF - bits).view(torch.float32)
 
-    settings = {"method": "weight magnitude", "largest": largest}
-    return Criterion("weight", _ranked(descending), needs_training=False, settings=settings)
+    return by_score(
+        "weight", descending, needs_training=False, method="weight magnitude", largest=largest
+    )
 
 
 def gradient(scores: Mapping[str, Tensor]) -> Criterion:
@@ -382,8 +393,7 @@ def _calibrated(name: str, method: str, scores: Mapping[str, Tensor]) -> Criteri
             )
         return scores[own]
 
-    settings = {"method": method, "approximation": True}
-    return Criterion(name, _ranked(score), needs_training=False, settings=settings)
+    return by_score(name, score, needs_training=False, method=method, approximation=True)
 
 
 # --- whatever the values ----------------------------------------------------------------------
@@ -505,10 +515,10 @@ def calibrate(
             for batch in islice(batches, samples):
                 with torch.enable_grad():
                     value = loss(model, batch)
-                    if not math.isfinite(float(value)):
+                    if not math.isfinite(found := float(value.detach())):
                         raise ValueError(
-                            f"calibrate: the loss of batch {count} is {float(value)}; check the "
-                            "data and the weights"
+                            f"calibrate: the loss of batch {count} is {found}; check the data and "
+                            "the weights"
                         )
                     value.backward()
                 count += 1

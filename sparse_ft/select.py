@@ -28,7 +28,7 @@ Entries = Support | SparseDelta | Iterable[Support | SparseDelta] | None
 Budgets = str | Callable[[str], str] | Mapping[str, int | float] | None
 _T = TypeVar("_T", bound=Tensor)
 # Of the entries selected, the share that may tie at the threshold without a word.
-_TIED = 0.01
+_TIED = 0.05
 
 
 def eligible_parameters(model: nn.Module, eligible: Eligible = None) -> dict[str, nn.Parameter]:

@@ -191,7 +191,7 @@ def _write(path: str, parameters: Mapping[str, Tensor], buffers: Mapping[str, Te
         raise ValueError(f"snapshot: {path!r} must end in .safetensors")
     if os.path.lexists(path):
         raise ValueError(
-            f"snapshot: {path!r} exists; sf.Snapshot.open reads it, or name another file"
+            f"snapshot: {path!r} exists; Snapshot.open(path) reads it, or name another file"
         )
     tensors = {**parameters, **buffers}
     for name, tensor in tensors.items():

@@ -1,5 +1,7 @@
 """snapshot: a copy of every parameter and buffer, and the way back to the last bit."""
 
+import copy
+import os
 import pickle
 
 import pytest
@@ -8,6 +10,8 @@ from oracles import DTYPES, assert_bits
 from torch import nn
 
 import sparse_ft as sf
+from sparse_ft.checkpoints import Checkpoint
+from sparse_ft.snapshot import Snapshot
 
 
 class Model(nn.Module):
@@ -29,12 +33,13 @@ def spoil(model: nn.Module) -> None:
     for t in [*model.parameters(), *model.buffers()]:
         if 0 not in t.stride():
             t.copy_(torch.randint_like(t, 100))
-    model.wide[:, :1].fill_(8)
+    for wide in (b for b in model.buffers() if 0 in b.stride()):
+        wide[:, :1].fill_(8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("device", [None, "cpu"])
-def test_every_value_comes_back(dtype, device):
+@pytest.mark.parametrize("where", ["beside", "cpu", "disk"])
+def test_every_value_comes_back(dtype, where, tmp_path):
     model = Model(dtype)
     with torch.no_grad():
         model.lin.bias[:3] = torch.tensor([float("nan"), -0.0, float("inf")]).to(dtype)
@@ -42,7 +47,12 @@ def test_every_value_comes_back(dtype, device):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before = {n: t.detach().clone() for n, t in tensors.items()}
     addresses = {n: t.data_ptr() for n, t in tensors.items()}
-    copy = sf.snapshot(model, device)
+    if where == "disk":
+        path = tmp_path / "theta0.safetensors"
+        copy = sf.snapshot(model, path=path)
+        assert [*tmp_path.iterdir()] == [path]
+    else:
+        copy = sf.snapshot(model, None if where == "beside" else "cpu")
     spoil(model)
     assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])
     copy.restore(model)
@@ -55,11 +65,13 @@ def test_every_value_comes_back(dtype, device):
     assert model.out.weight is model.lin.weight
 
 
-def test_a_mapping_of_parameters_that_shares_no_memory():
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_mapping_of_parameters_that_shares_no_memory(on_disk, tmp_path):
     model = Model()
-    copy = sf.snapshot(model)
+    path = str(tmp_path / "theta0.safetensors")
+    copy = sf.snapshot(model, path=path if on_disk else None)
     names = [n for n, _ in model.named_parameters()]
-    assert list(copy) == names
+    assert list(copy) == (sorted(names) if on_disk else names)
     assert len(copy) == len(names)
     assert "out.weight" not in copy
     for n, p in model.named_parameters():
@@ -68,13 +80,15 @@ def test_a_mapping_of_parameters_that_shares_no_memory():
         assert not copy[n].requires_grad
     with pytest.raises(KeyError):
         copy["hidden"]
-    assert repr(copy) == "Snapshot(7 parameters, 78 values)"
+    assert repr(copy) == f"Snapshot(7 parameters, 78 values{f', in {path!r}' * on_disk})"
     again = pickle.loads(pickle.dumps(copy))
     assert all(torch.equal(again[n], copy[n]) for n in copy)
 
 
-def test_another_model_is_refused_before_the_first_write():
-    copy = sf.snapshot(Model())
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_another_model_is_refused_before_the_first_write(on_disk, tmp_path):
+    path = tmp_path / "theta0.safetensors"
+    copy = sf.snapshot(Model(), path=path if on_disk else None)
     other = Model()
     other.extra = nn.Parameter(torch.zeros(2))
     lacking = Model()
@@ -125,3 +139,90 @@ def test_what_holds_no_data_is_refused():
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
         sf.snapshot({})
     assert len(sf.snapshot(nn.ReLU())) == 0
+
+
+# --- on disk ------------------------------------------------------------------------------------
+
+
+def test_a_file_is_opened_again(tmp_path):
+    model = Model()
+    path = tmp_path / "theta0.safetensors"
+    before = {**model.state_dict(), "hidden": model.hidden}
+    before = {n: t.detach().clone() for n, t in before.items()}
+    first = sf.snapshot(model, path=path)
+    for again in (Snapshot.open(path), copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        spoil(model)
+        again.restore(model)
+        for n, t in {**model.state_dict(), "hidden": model.hidden}.items():
+            assert torch.equal(t, before[n]), n
+    # Anything that reads safetensors finds values by name, the buffers too.
+    stored = Checkpoint(path)
+    assert {*stored} == {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    assert torch.equal(stored["hidden"], model.hidden)
+
+
+def test_writing_into_a_tensor_leaves_the_file_alone(tmp_path):
+    model = Model()
+    kept = sf.snapshot(model, path=tmp_path / "a.safetensors")
+    data = (tmp_path / "a.safetensors").read_bytes()
+    kept["lin.weight"].zero_()
+    assert (tmp_path / "a.safetensors").read_bytes() == data
+
+
+def test_files_that_cannot_be_written(tmp_path, monkeypatch):
+    model = Model()
+    there = tmp_path / "there.safetensors"
+    there.write_bytes(b"mine")
+    with pytest.raises(
+        ValueError, match=r"there\.safetensors' exists; Snapshot\.open\(path\) reads it"
+    ):
+        sf.snapshot(model, path=there)
+    assert there.read_bytes() == b"mine"
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        sf.snapshot(model, path=tmp_path / "theta0.bin")
+    with pytest.raises(ValueError, match="device or path, not both"):
+        sf.snapshot(model, "cpu", path=tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="there is no folder"):
+        sf.snapshot(model, path=tmp_path / "no" / "x.safetensors")
+    for bad in (torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex64)):
+        model.ints = nn.Parameter(bad, requires_grad=False)
+        with pytest.raises(ValueError, match=r"'ints' is torch\..*, which no safetensors file h"):
+            sf.snapshot(model, path=tmp_path / "x.safetensors")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        sf.snapshot(Model(), path=tmp_path / "x.safetensors")
+    assert [*tmp_path.iterdir()] == [there]
+
+
+def test_files_that_are_no_snapshots(tmp_path):
+    from safetensors.torch import save_file
+
+    for name, metadata, message in [
+        ("none", None, "is no snapshot"),
+        ("text", {"sparse_ft_buffers": "x"}, "is no snapshot"),
+        ("number", {"sparse_ft_buffers": "3"}, "is no snapshot"),
+        ("unknown", {"sparse_ft_buffers": '["b"]'}, "there is no tensor 'b'"),
+    ]:
+        save_file({"a": torch.ones(2)}, tmp_path / f"{name}.safetensors", metadata)
+        with pytest.raises(sf.SFTError, match=message):
+            Snapshot.open(tmp_path / f"{name}.safetensors")
+    with pytest.raises(sf.SFTError, match="there is no such file"):
+        Snapshot.open(tmp_path / "absent.safetensors")
+
+
+def test_an_optimizer_that_starts_from_a_file(tmp_path):
+    model = nn.Linear(30, 20)
+    path = tmp_path / "theta0.safetensors"
+    start = sf.snapshot(model)
+    sf.snapshot(model, path=path)
+    spoil(model)
+    support = sf.select(model, start, k=40)
+    made = [sf.MaskedAdamW(model, support, theta0) for theta0 in (start, path)]
+    assert_bits(made[1].delta().val, made[0].delta().val)
+    for name, at in support:
+        moved = (model.get_parameter(name).detach() - start[name]).reshape(-1)[at]
+        assert_bits(made[1].delta().values(name), moved)
