@@ -224,3 +224,24 @@ def test_the_prefix_of_the_backbone_is_put_before_or_taken_off():
     # A name of the model's own comes first.
     model.lin = nn.Linear(4, 4)
     assert known_names(model)["lin.weight"] is model.lin.weight
+
+
+def test_an_output_matrix_beside_the_backbone_is_a_head():
+    """T5's language models have encoder, decoder and output side by side, and mT5's is not tied."""
+
+    class Flat(nn.Module):
+        base_model_prefix = "transformer"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.lm_head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+    model = Flat()
+    assert backbone(model) is model
+    assert backbone_names(model) == {"shared.weight"}
+    model.lm_head.weight = model.shared.weight
+    assert backbone_names(model) == {"shared.weight"}
+    assert aliases(model) == {"shared.weight": ["lm_head.weight"]}

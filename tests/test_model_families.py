@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import assert_bits
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import sparse_ft as sf
@@ -80,7 +81,7 @@ def test_the_backbone_is_what_a_bare_model_has(family, head):
 
 
 @pytest.mark.parametrize(("family", "head"), CASES)
-def test_a_tied_parameter_has_its_name_in_the_backbone(family, head):
+def test_a_tied_parameter_has_its_name_in_the_backbone(family, head, tmp_path):
     model = tiny(family, head)
     inner = backbone(model)
     prefix = "" if inner is model else f"{model.base_model_prefix}."
@@ -90,6 +91,11 @@ def test_a_tied_parameter_has_its_name_in_the_backbone(family, head):
     assert own <= named.keys()
     assert [id(p) for p in named.values()] == [id(p) for p in model.parameters()]
     assert ties(model) == {frozenset({own, *more}) for own, more in aliases(model).items()}
+    # The files of transformers have the same names.
+    if head == FAMILIES[family].language:
+        model.save_pretrained(tmp_path)
+        with safe_open(tmp_path / "model.safetensors", "pt") as file:
+            assert set(file.keys()) - dict(model.named_buffers()).keys() == named.keys()
 
 
 @pytest.mark.filterwarnings("ignore:decouple_output_embeddings. with this version")
