@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from .delta import SparseDelta
 from .families import named_parameters
@@ -24,7 +25,7 @@ from .registry import DeltaRegistry
 __all__ = ["MultiSource", "source_of", "sources_on"]
 
 
-class MultiSource:
+class MultiSource(IterableDataset[Any]):
     """One re-iterable of the batches of all sources, shuffled together.
 
     Every item is a batch of one source, as that source's loader gives it. `sparse_ft.Loop` takes a
