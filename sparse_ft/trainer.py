@@ -155,11 +155,13 @@ class SparseFineTuningArguments:
         Raises:
             ValueError: A number is out of range.
         """
-        own = [getattr(self, f"{phase}_{name}") for name in ("max_epochs", "max_steps")]
-        if own == [None, None]:
-            own = [None, max_steps] if max_steps > 0 else [epochs, None]
         least = getattr(self, f"{phase}_min_steps")
-        return Length(epochs=own[0], max_steps=own[1], min_steps=least)
+        own = {name: getattr(self, f"{phase}_max_{name}") for name in ("epochs", "steps")}
+        if own["epochs"] is not None or own["steps"] is not None:
+            return Length(epochs=own["epochs"], max_steps=own["steps"], min_steps=least)
+        if max_steps > 0:
+            return Length(steps=max_steps, min_steps=least)
+        return Length(epochs=epochs, min_steps=least)
 
     def ranking(self) -> Any:
         """The criterion, as `LotteryTicket` takes it.
@@ -324,15 +326,15 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         self, phase: Phase, resume: str | bool | None, ignore_keys: list[str] | None
     ) -> None:
         whole, name = self.args, _folder(phase)
-        self.phase, self.args = phase, self._phase_args(phase)
-        checkpoint = None
-        if isinstance(resume, (str, os.PathLike)) and not self._outputs:
-            checkpoint = _in_phase(os.fspath(resume), self.args.output_dir)
-        elif resume:
-            checkpoint = _last_checkpoint(self.args.output_dir)
-        seed = enable_full_determinism if whole.full_determinism else set_seed
-        seed(whole.seed)
         try:
+            self.phase, self.args = phase, self._phase_args(phase)
+            checkpoint = None
+            if isinstance(resume, (str, os.PathLike)) and not self._outputs:
+                checkpoint = _in_phase(os.fspath(resume), self.args.output_dir)
+            elif resume:
+                checkpoint = _last_checkpoint(self.args.output_dir)
+            seed = enable_full_determinism if whole.full_determinism else set_seed
+            seed(whole.seed)
             try:
                 output = super().train(
                     resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys
@@ -552,13 +554,13 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             self.optimizer is not None
             or self.lr_scheduler is not None
             or getattr(self, "optimizer_cls_and_kwargs", None) is not None
-            or not args.optim.startswith("adamw_torch")
+            or args.optim not in ("adamw_torch", "adamw_torch_fused")
             or args.optim_args
         ):
             raise ValueError(
                 f"{self._name}: each phase makes its own AdamW and schedule from the "
                 "TrainingArguments (learning_rate, adam_beta1, …); leave optimizers out, and "
-                f"optim={str(args.optim)!r}, optim_args={args.optim_args!r} at their defaults"
+                f"optim={args.optim.value!r}, optim_args={args.optim_args!r} at their defaults"
             )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
@@ -590,7 +592,7 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             raise ValueError(
                 f"{self._name}: load_best_model_at_end, but no evaluation of {name} left a best "
                 f"checkpoint in {self.args.output_dir} ({self.state.global_step} steps, "
-                f"eval_strategy={str(self.args.eval_strategy)!r}, eval_steps="
+                f"eval_strategy={self.args.eval_strategy.value!r}, eval_steps="
                 f"{self.args.eval_steps}, best metric {self.state.best_metric}); evaluate more "
                 "often, or see whether the metric is NaN"
             )
@@ -632,7 +634,7 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         return {"trained_on": [{"id": i, "alpha": 1.0} for i in ids], **self._meta}
 
 
-class LotteryTicketTrainer(LotteryTicketMixin, Trainer):  # type: ignore[misc]
+class LotteryTicketTrainer(LotteryTicketMixin, Trainer):
     """The Hugging Face Trainer, learning a sparse fine-tuning.
 
     `train()` runs all phases and returns one `TrainOutput`: the steps of all of them, and their
