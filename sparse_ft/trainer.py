@@ -201,6 +201,7 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
     control: Any
     lr_scheduler: Any
     optimizer: Any
+    state: Any
     train_dataset: Any
 
     def __init__(
@@ -418,6 +419,13 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             self.phase.log(loss)
         return loss
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        better: bool = super()._determine_best_metric(*args, **kwargs)
+        if better:
+            # transformers 4.57 does not with save_strategy="best", and so never finds it again.
+            self.state.best_global_step = self.state.global_step
+        return better
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # That of the dense gradients, which transformers 5 computes even where it does not clip.
         return None if self.phase is not None else super()._get_grad_norm(model, grad_norm)
@@ -528,6 +536,8 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         if self.phase is not None:
             # What is stored comes from before a divergence.
             self.phase._check_losses()
+            if _internal_call and self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = output_dir
         if self.phase is not None or self.delta is None:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:

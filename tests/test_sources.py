@@ -214,9 +214,14 @@ def test_an_exception_takes_the_source_off():
     before = bits(model)
     stream = MultiSource({"sw": loader(3)}, {"sw": delta_for(model, 1)})
     batch = next(iter(stream))
-    with pytest.raises(KeyError, match="lost"), stream.active(model, batch):
-        assert not same(bits(model), before)
-        raise KeyError("lost")
+
+    def fail():
+        with stream.active(model, batch):
+            assert not same(bits(model), before)
+            raise KeyError("lost")
+
+    with pytest.raises(KeyError, match="lost"):
+        fail()
     assert same(bits(model), before)
 
 
@@ -292,12 +297,12 @@ def test_refusals_name_the_source():
         stream.on(model, "sw"),
     ):
         pass
+
+    class Short(list):
+        def __len__(self):
+            return 3
+
     with pytest.raises(RuntimeError, match="'sw' gave fewer batches than the 3"):
-
-        class Short(list):
-            def __len__(self):
-                return 3
-
         list(MultiSource({"sw": Short([[1], [2]])}))
 
 

@@ -118,8 +118,12 @@ def groups_of(trainer, model, decay):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Accelerate collects garbage before each training: most of the time here."""
+    """Garbage collection before each training, and threads, are most of the time here."""
     monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=int))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- the same as LotteryTicket ------------------------------------------------------------------
@@ -439,7 +443,7 @@ def test_logs_have_l1_moved_and_the_norm_of_the_tuned_gradients(tmp_path):
     model = trainer.model
     theta0 = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainer.train()
-    eligible = [n for n in trainer.delta.layout.names]
+    eligible = list(trainer.delta.layout.names)
     trainable = [*eligible, "classifier.weight", "classifier.bias"]
     everything = sum(v.numel() for v in theta0.values())
     for phase, l1 in (("full-1", 2.0), ("sparse-1", 3.0)):
@@ -533,7 +537,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, uninterrupted, ph
     trainer = trainer_for(tmp_path, bert(dropout=0.1), **settings_of_a_run())
     trainer.train(resume_from_checkpoint=True)
     assert trainer.delta == uninterrupted
-    assert list(trainer.phase_states)[0] == phase
+    assert next(iter(trainer.phase_states)) == phase
     again = trainer_for(tmp_path, bert(dropout=0.1), **settings_of_a_run())
     assert again.train(resume_from_checkpoint=True).global_step == 0, "it was finished"
     assert again.delta == uninterrupted
@@ -567,7 +571,7 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
         trainer_for(tmp_path, own=own, **saving).train()
     with pytest.raises(ValueError, match=r"learning_rate was 0\.01 and is 0\.02"):
         trainer_for(tmp_path, **saving, learning_rate=0.02).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="holds checkpoints of an earlier run.*goes on with it"):
+    with pytest.raises(ValueError, match=r"of an earlier run.*goes on with it"):
         trainer_for(tmp_path, **saving).train()
     trainer = trainer_for(tmp_path, **saving)
     trainer.train(resume_from_checkpoint=True)
@@ -904,14 +908,14 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
         trainer_for(tmp_path, optim="adafactor")
     with pytest.raises(ValueError, match="set per_device_train_batch_size"):
         trainer_for(tmp_path, auto_find_batch_size=True)
-    with pytest.raises(ValueError, match="full_min|min_steps is 9, above max_steps, 5"):
+    with pytest.raises(ValueError, match="min_steps is 9, above max_steps, 5"):
         trainer_for(tmp_path, sft_args=sft(full_min_steps=9, full_max_steps=5))
     with pytest.raises(ValueError, match="hyperparameter search"):
         trainer_for(tmp_path).train(trial={})
-    with pytest.raises(ValueError, match="k or density|density"):
+    with pytest.raises(ValueError, match="density"):
         trainer_for(tmp_path, sft_args=SparseFineTuningArguments()).train()
     trainer = trainer_for(tmp_path)
     trainer.train_dataset = []
-    with pytest.raises(ValueError, match="num_samples|no batch"):
+    with pytest.raises(ValueError, match=r"num_samples|no batch"):
         trainer.train()
     assert trainer.args.max_grad_norm == 1.0
