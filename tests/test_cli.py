@@ -17,6 +17,7 @@ typer = pytest.importorskip("typer")
 typer_testing = pytest.importorskip("typer.testing")
 
 from sparse_ft import cli  # noqa: E402  (needs typer)
+from sparse_ft.cli import shared  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -128,7 +129,7 @@ def test_the_package_is_the_command(module):
 def test_help_of_merge_has_every_rule_and_option():
     from sparse_ft.merge import RULES
 
-    found = dict.fromkeys(cli._PLAIN_RULES, "") | cli._RULES
+    found = dict.fromkeys(shared.PLAIN_RULES, "") | shared.RULES
     assert found.keys() == RULES.keys()
     shown = run("merge", "-h").output
     for name, rule in RULES.items():
@@ -183,7 +184,7 @@ def test_messages_are_in_the_words_of_the_shell():
         ("merge/a.safetensors: is no SFT", "merge/a.safetensors: is no SFT"),
         ("a.safetensors: export: x", "a.safetensors: export: x"),
     ):
-        assert cli._worded(said, files) == expected
+        assert shared.worded(said, files) == expected
 
 
 def test_info_of_a_missing_file(tmp_path):

@@ -12,6 +12,7 @@ import sparse_ft as sf
 typer_testing = pytest.importorskip("typer.testing")
 
 from sparse_ft import cli  # noqa: E402  (needs typer)
+from sparse_ft.cli import shared  # noqa: E402
 
 
 def run(*arguments, code=0):
@@ -225,16 +226,16 @@ def test_a_missing_file_is_one_line(command, tmp_path):
 
 
 def test_labels_are_short_and_distinct():
-    assert cli._labels(["x/sw.safetensors", "y/ner.safetensors"]) == ["sw", "ner"]
-    assert cli._labels(["x/sft.safetensors", "y/sft.safetensors"]) == ["x/sft", "y/sft"]
-    assert cli._labels(["a", "a"])[0].endswith("a (0)")
-    assert cli._labels(["o.v1", "o.v2"]) == ["o.v1", "o.v2"]
+    assert shared.labels_of(["x/sw.safetensors", "y/ner.safetensors"]) == ["sw", "ner"]
+    assert shared.labels_of(["x/sft.safetensors", "y/sft.safetensors"]) == ["x/sft", "y/sft"]
+    assert shared.labels_of(["a", "a"])[0].endswith("a (0)")
+    assert shared.labels_of(["o.v1", "o.v2"]) == ["o.v1", "o.v2"]
 
 
 def test_labels_of_the_folder_that_one_is_in(tmp_path, monkeypatch):
     (tmp_path / "swahili").mkdir()
     monkeypatch.chdir(tmp_path / "swahili")
-    assert cli._labels([".", "../hausa"]) == ["swahili", "hausa"]
+    assert shared.labels_of([".", "../hausa"]) == ["swahili", "hausa"]
 
 
 def test_compose_with_a_base_records_its_digest(world):
