@@ -12,7 +12,7 @@ import typer
 
 from sparse_ft._version import __version__
 
-from . import combine, files, quickstart
+from . import combine, files, quickstart, training
 from .shared import plain_warnings
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (quickstart, files, combine):
+for group in (quickstart, training, files, combine):
     app.add_typer(group.app)
 
 

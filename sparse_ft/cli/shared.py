@@ -140,7 +140,7 @@ _FUNCTION = re.compile(
     r"(SparseDelta|Overlap|legacy)\.\w+): "
 )
 _ARGUMENT = re.compile(
-    r"\b(allow_base_mismatch|dtype|eligible|exclude|heads)=(True)?|"
+    r"\b(allow_base_mismatch|dtype|eligible|exclude|fresh|heads)=(True)?|"
     r"^(eligible|exclude|heads)(?=: )"
 )
 

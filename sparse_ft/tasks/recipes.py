@@ -66,6 +66,7 @@ class Recipe:
         freeze_norms: Are the norms frozen?
         decouple: Are the output embeddings decoupled from the input embeddings, and frozen?
         precision: "bf16" or "fp16" for autocast; None for the weights' own.
+        options: Of the task, such as tags="upos"; see `sparse_ft.tasks`.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Recipe:
     freeze_norms: bool = True
     decouple: bool = False
     precision: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def role(self) -> str:
@@ -180,6 +182,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "density": ("in (0, 1]", lambda x: _number(x) and 0 < x <= 1),
     "criterion": ("the name of a criterion", lambda x: isinstance(x, str)),
     "criterion_options": ("a mapping", lambda x: isinstance(x, Mapping)),
+    "options": ("a mapping", lambda x: isinstance(x, Mapping)),
     "l1": ("at least 0", lambda x: _number(x) and x >= 0),
     "epochs": ("above 0", lambda x: _number(x) and x > 0),
     "steps": (_SAID_WHOLE, _whole),
@@ -248,6 +251,7 @@ _TAGGING = Recipe(
     lr=5e-5,
     metric="accuracy",
     evaluate_every=250,
+    options={"tags": "upos"},
 )
 _NLI = Recipe(
     name="lt-sft-nli",
@@ -324,13 +328,14 @@ RECIPES: dict[str, Recipe] = {
             accumulate=2,
         ),
         _TAGGING,
-        replace(_TAGGING, name="lt-sft-ner", about="named entities", metric="f1"),
+        replace(_TAGGING, name="lt-sft-ner", about="named entities", metric="f1", options={}),
         replace(
             _TAGGING,
             name="lt-sft-dp",
             task="parsing",
             about="dependency parsing, shallow biaffine head",
             metric="las",
+            options={},
         ),
         _NLI,
         _SENTIMENT,
@@ -374,7 +379,7 @@ RECIPES: dict[str, Recipe] = {
 DEFAULTS = {
     "mlm": "lt-sft-language",
     "clm": "causal-language",
-    "tokens": "lt-sft-pos",
+    "tokens": "lt-sft-ner",
     "sequences": "lt-sft-nli",
     "qa": "lt-sft-qa",
     "parsing": "lt-sft-dp",

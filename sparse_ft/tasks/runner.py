@@ -1,0 +1,721 @@
+"""Training and evaluation from files to files: what the commands `train` and `evaluate` call.
+
+A run is a recipe, data, a base model and a folder. The folder holds the state of the run, so that
+the same call continues where a killed one stopped, and its log; the SFT is written at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ..compose import compose
+from ..delta import SparseDelta
+from ..families import decouple_output_embeddings, freeze_norms
+from ..files import FILE_NAME
+from ..loop import Loop
+from ..lottery import LotteryTicket
+from ..select import eligible_parameters
+from ..sources import MultiSource
+from . import TASKS, Examples, Task, held_out
+from .recipes import Recipe
+from .recipes import recipe as preset
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["RunError", "Source", "Trained", "evaluate", "read_sources", "train"]
+
+PathLike = str | os.PathLike[str]
+LOG = "log.jsonl"
+EVAL = "eval_"
+"""What evaluations log begins with this: the loss of a batch is not that of held-out text."""
+EVALUATED_AT_ONCE = 32
+
+
+class RunError(ValueError):
+    """A run cannot be done as it was asked for; nothing has been changed."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data to train on, and the SFT of their language.
+
+    Attributes:
+        data: Files or folders.
+        valid: Data to choose the best state by; None: there are none.
+        sft: The SFT of their language, its path or its Hub name: on the model while it trains on
+            them, and not part of the result. None: the bare model.
+        repeat: Passes over these data in one over all sources.
+    """
+
+    data: tuple[PathLike, ...]
+    valid: PathLike | None = None
+    sft: SparseDelta | PathLike | None = None
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to.
+
+    Attributes:
+        delta: The SFT.
+        path: Its file.
+        folder: The run's folder, with the log.
+        recipe: The settings that were used.
+        phases: What the log says of each phase: "phase", "iteration", "step", "loss" and, where
+            there were evaluations, "best", the figures of the state that was chosen, and
+            "best_step".
+    """
+
+    delta: SparseDelta
+    path: Path
+    folder: Path
+    recipe: Recipe
+    phases: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The data of a source as the model reads them."""
+
+    train: Sequence[dict[str, Any]]
+    valid: Sequence[dict[str, Any]]
+    valid_examples: Examples
+    record: dict[str, Any]
+
+
+def train(
+    data: PathLike | Sequence[PathLike] | Mapping[str, Source],
+    base: PathLike,
+    output: PathLike,
+    *,
+    recipe: str | Recipe,
+    valid: PathLike | None = None,
+    sft: SparseDelta | PathLike | None = None,
+    lang: str | None = None,
+    name: str | None = None,
+    labels: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    run: PathLike | None = None,
+    save_every: int = 500,
+    seed: int = 0,
+    device: str = "auto",
+    fresh: bool = False,
+    force: bool = False,
+    license: str | None = None,
+    note: Callable[[str], None] = lambda said: None,
+) -> Trained:
+    """Trains an SFT of a language or of a task, as a recipe says, and writes it.
+
+    The same call continues a run that was stopped at any moment, to the same bits, and gives the
+    result of a finished one at once.
+
+    Args:
+        data: Files or folders to train on; or several sources by name, of which each batch holds
+            one.
+        base: The base model: a folder, or its name on the Hub.
+        output: The file to write, *.safetensors.
+        recipe: A preset's name, or a recipe.
+        valid: Data to choose the best state by. Without them, text is parted as the recipe says,
+            and for a task the last state counts.
+        sft: The SFT of the language of the data, for a task: on the model while it trains, and not
+            part of the result.
+        lang: The language of the data, as a tag such as "sw"; default: that of `sft`.
+        name: What the task is called, such as "ner"; default: its kind.
+        labels: What the head shall tell apart; default: the labels of the data.
+        options: Of the task, over those of the recipe, and of the reader of its data, such as
+            format (see `sparse_ft.tasks.data.read`).
+        run: The run's folder; default: beside the output, with .run for .safetensors.
+        save_every: Optimizer steps from one stored state to the next.
+        seed: Of the new head, of the order of the data, and of all else that is drawn.
+        device: Such as "cpu" or "cuda"; "auto": a GPU where there is one.
+        fresh: Start over, whatever the folder holds.
+        force: Replace an output of another run.
+        license: Of the result, for its metadata.
+        note: Is told what the user should know, a line each.
+
+    Raises:
+        RunError, DataError, RecipeError, SFTError: Something does not fit; nothing has been lost.
+        OSError: A file cannot be read or written.
+        TrainingDiverged: The loss is not finite any more.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else preset(recipe)
+    target = Path(output)
+    folder = target.with_suffix(".run") if run is None else Path(run)
+    _check_places(target, folder, force or fresh)
+    chosen, reading = _with_options(chosen, options or {})
+    task = _made(chosen.task, {"metric": chosen.metric} if chosen.metric else {}, chosen.options)
+    sources = _sources(data, valid, sft, chosen)
+    deltas = {key: _language(source.sft) for key, source in sources.items()}
+    where = _device(device)
+    tokenizer = task.tokenizer(base)
+
+    texts = {key: _read(task, source, chosen, reading) for key, source in sources.items()}
+    if labels is None:
+        labels = task.labels(_joined([text for text, _ in texts.values()]))
+    prepared = {
+        key: _prepare(task, *pair, tokenizer, chosen, labels) for key, pair in texts.items()
+    }
+    chosen = _without_evaluation(chosen, prepared, note)
+
+    model = task.build(base, labels, seed=seed).to(where)
+    if chosen.freeze_norms:
+        freeze_norms(model)
+    if chosen.decouple:
+        decouple_output_embeddings(model)
+
+    meta = _meta(chosen, task, base, model, labels, lang, name, license, seed, prepared, deltas)
+    _check_k(chosen, model)
+    ticket = LotteryTicket(
+        model,
+        k=chosen.k,
+        density=1.0 if chosen.full_tuning else chosen.density,
+        iterations=chosen.iterations,
+        l1=chosen.l1,
+        # Every entry selected, none has to be sought.
+        criterion="random" if chosen.full_tuning else _criterion(chosen),
+        seed=seed,
+    )
+    loaders = {
+        key: _loader(p.train, task.collate(tokenizer), chosen.batch_size)
+        for key, p in prepared.items()
+    }
+    with _on_sources(model, loaders, deltas, sources, seed) as (batches, on):
+        loop = _loop(chosen, task, batches, prepared, on, tokenizer, seed, folder)
+        delta = ticket.fit(loop, folder, save_every=save_every, fresh=fresh, **meta)
+    _save(delta, target, force or fresh)
+    return Trained(delta, target, folder, chosen, _phases(folder / LOG, task))
+
+
+def _check_places(target: Path, folder: Path, force: bool) -> None:
+    """Refuses an output before the work is done.
+
+    Raises:
+        RunError, OSError: It cannot be written, or another run's result is there.
+    """
+    if target.suffix != ".safetensors":
+        raise RunError(f"{target}: the output must end in .safetensors")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent}; create it first")
+    if target.exists() and not force and not (folder / FILE_NAME).exists():
+        raise FileExistsError(
+            f"{target} exists, and {folder} holds no run that it is of; --force replaces it"
+        )
+
+
+def _with_options(chosen: Recipe, options: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    own, reading = _parted(chosen.task, options)
+    return chosen.changed(options={**chosen.options, **own}), reading
+
+
+def _parted(kind: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a task, and the others, which the reader of its data gets."""
+    known = {f.name for f in fields(TASKS[kind])}
+    own = {name: value for name, value in options.items() if name in known}
+    return own, {name: value for name, value in options.items() if name not in known}
+
+
+def _made(kind: str, *options: Mapping[str, Any]) -> Task:
+    """A task; of options given several times, the last count.
+
+    Raises:
+        RunError: It has no such option.
+    """
+    known = [f.name for f in fields(TASKS[kind])]
+    settings = {name: value for some in options for name, value in some.items()}
+    if unknown := [name for name in settings if name not in known]:
+        raise RunError(f"{kind} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    return TASKS[kind](**settings)
+
+
+def _sources(
+    data: PathLike | Sequence[PathLike] | Mapping[str, Source],
+    valid: PathLike | None,
+    sft: SparseDelta | PathLike | None,
+    chosen: Recipe,
+) -> dict[str, Source]:
+    if isinstance(data, Mapping):
+        if valid is not None or sft is not None:
+            raise RunError("several sources have valid and sft each; give neither for them all")
+        sources = dict(data)
+    else:
+        files = (data,) if isinstance(data, str | os.PathLike) else tuple(data)
+        sources = {"": Source(files, valid, sft)}
+    if not sources or not all(source.data for source in sources.values()):
+        raise RunError("there are no data to train on")
+    if chosen.role == "language" and any(s.sft is not None for s in sources.values()):
+        raise RunError("sft is the language of a task's data; a language is learnt without one")
+    return sources
+
+
+def _language(sft: SparseDelta | PathLike | None) -> SparseDelta | None:
+    """The SFT of a language.
+
+    Raises:
+        RunError: It is a task's.
+    """
+    if sft is None:
+        return None
+    delta = sft if isinstance(sft, SparseDelta) else SparseDelta.load(sft)
+    if delta.meta.get("role") == "task":
+        said = "the SFT" if isinstance(sft, SparseDelta) else os.fspath(sft)
+        raise RunError(
+            f"{said}: is the SFT of a task ({delta.meta.get('task', 'unnamed')}), not of a language"
+        )
+    return delta
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(
+            f"device {device!r} cannot be used: {str(error).partition(chr(10))[0]}"
+        ) from None
+    return found
+
+
+def _read(
+    task: Task, source: Source, chosen: Recipe, reading: Mapping[str, Any]
+) -> tuple[Examples, Examples]:
+    """The examples of a source to train on, and those to choose the best state by."""
+    examples = _joined([_examples(task, path, "train", reading) for path in source.data])
+    if source.valid is not None:
+        return examples, _examples(task, source.valid, "validation", reading)
+    if chosen.held_out is not None and chosen.evaluate_every is not None:
+        return held_out(examples, chosen.held_out)
+    return examples, Examples()
+
+
+def _examples(task: Task, path: PathLike, split: str, reading: Mapping[str, Any]) -> Examples:
+    try:
+        return task.read(path, split, **reading)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        own = ", ".join(f.name for f in fields(task))
+        raise RunError(
+            f"{path}: neither the task {task.name} (options: {own}) nor the reader of these data "
+            f"takes the options {', '.join(reading)}"
+        ) from None
+
+
+def _joined(parts: Sequence[Examples]) -> Examples:
+    if len(parts) == 1:
+        return parts[0]
+    return Examples(chain.from_iterable(parts), ", ".join(part.source for part in parts))
+
+
+def _prepare(
+    task: Task,
+    examples: Examples,
+    valid: Examples,
+    tokenizer: Any,
+    chosen: Recipe,
+    labels: Sequence[str] | None,
+) -> _Prepared:
+    def features(of: Examples) -> Sequence[dict[str, Any]]:
+        return task.encode(of, tokenizer, chosen.max_length, labels=labels) if of else []
+
+    record = {"train": _described(examples)} | ({"valid": _described(valid)} if valid else {})
+    return _Prepared(features(examples), features(valid), valid, record)
+
+
+def _described(examples: Examples) -> dict[str, Any]:
+    """What tells one set of examples from another, wherever its files lie."""
+    content = hashlib.sha256()
+    for example in examples:
+        content.update(json.dumps(example, sort_keys=True, default=str).encode() + b"\n")
+    return {"examples": len(examples), "sha256": content.hexdigest()}
+
+
+def _without_evaluation(
+    chosen: Recipe, prepared: Mapping[str, _Prepared], note: Callable[[str], None]
+) -> Recipe:
+    """The recipe as it can be followed: without data to evaluate on, the last state counts."""
+    if chosen.evaluate_every is None or any(len(p.valid) for p in prepared.values()):
+        return chosen
+    note("there are no validation data, so the last state of each phase counts, not the best")
+    return chosen.changed(evaluate_every=None)
+
+
+def _check_k(chosen: Recipe, model: nn.Module) -> None:
+    """Refuses a K that was published for a larger model."""
+    eligible = sum(p.numel() for p in eligible_parameters(model, None).values())
+    if chosen.k is not None and chosen.k > eligible:
+        raise RunError(
+            f"k is {chosen.k:,} (preset {chosen.name}), and the model has {eligible:,} eligible "
+            "entries; give a smaller k, or a density"
+        )
+
+
+def _criterion(chosen: Recipe) -> Any:
+    """The criterion of a recipe, with its options.
+
+    Raises:
+        RunError: There is no such criterion, or no such option of it.
+    """
+    if not chosen.criterion_options:
+        return chosen.criterion
+    from .. import criteria
+
+    try:
+        return getattr(criteria, chosen.criterion)(**chosen.criterion_options)
+    except (AttributeError, TypeError) as error:
+        raise RunError(f"criterion {chosen.criterion!r} with these options: {error}") from None
+
+
+def _meta(
+    chosen: Recipe,
+    task: Task,
+    base: PathLike,
+    model: nn.Module,
+    labels: Sequence[str] | None,
+    lang: str | None,
+    name: str | None,
+    license: str | None,
+    seed: int,
+    prepared: Mapping[str, _Prepared],
+    deltas: Mapping[str, SparseDelta | None],
+) -> dict[str, Any]:
+    """The metadata of the result: all that decided it, and all that evaluation needs to know."""
+    config: Any = getattr(model, "config", None)
+    origin = {
+        # The name of a folder, not the path to it: that is nobody else's business.
+        "id": Path(os.path.abspath(base)).name if os.path.isdir(base) else os.fspath(base),
+        "revision": getattr(config, "_commit_hash", None),
+        "arch": type(model).__name__,
+    }
+    records = {key: p.record for key, p in prepared.items()}
+    methods = {"random": "RAND-SFT", "denoised": "DeFT-X"}
+    method = "full" if chosen.full_tuning else methods.get(chosen.criterion, "LT-SFT")
+    recipe: dict[str, Any] = {
+        "method": method,
+        **chosen.to_dict(),
+        "seed": seed,
+        "task": {"name": task.name, **asdict(task)},
+        "data": next(iter(records.values())) if len(records) == 1 else records,
+    }
+    if labels is not None:
+        recipe["labels"] = list(labels)
+    on = {key: delta for key, delta in deltas.items() if delta is not None}
+    if lang is None and len(deltas) == 1:
+        lang = next((delta.meta.get("lang") for delta in on.values()), None)
+    meta: dict[str, Any] = {
+        "role": chosen.role,
+        "lang": lang,
+        "license": license,
+        "task": None if chosen.role == "language" else name or task.name,
+        "base": {key: value for key, value in origin.items() if value},
+        "recipe": recipe,
+    }
+    if len(deltas) > 1 and on:
+        meta["trained_on"] = [{"id": d.content_id, "alpha": 1.0} for d in on.values()]
+    return {key: value for key, value in meta.items() if value}
+
+
+def _loader(features: Any, collate: Any, batch_size: int) -> DataLoader[Any]:
+    return DataLoader(features, batch_size, shuffle=True, collate_fn=collate)
+
+
+On = Callable[[str], Any]
+
+
+@contextmanager
+def _on_sources(
+    model: nn.Module,
+    loaders: Mapping[str, Any],
+    deltas: Mapping[str, SparseDelta | None],
+    sources: Mapping[str, Source],
+    seed: int,
+) -> Iterator[tuple[Any, On]]:
+    """The batches of all sources, with the SFTs of their languages on the model in time.
+
+    Yields:
+        The batches, and a function that has the SFT of a source on the model for a block.
+    """
+    if len(loaders) > 1:
+        repeat = {key: source.repeat for key, source in sources.items()}
+        batches = MultiSource(loaders, deltas, repeat, seed)
+        yield batches, lambda key: batches.on(model, key)
+        return
+    ((key, loader),) = loaders.items()
+    delta = deltas[key]
+    with nullcontext() if delta is None else compose(model, [delta]):
+        yield loader, lambda key: nullcontext()
+
+
+def _loop(
+    chosen: Recipe,
+    task: Task,
+    batches: Any,
+    prepared: Mapping[str, _Prepared],
+    on: On,
+    tokenizer: Any,
+    seed: int,
+    folder: Path,
+) -> Loop:
+    full, sparse = chosen.lengths()
+    scored = chosen.evaluate_every is not None
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        """The figures of each source, and their means."""
+        found = {}
+        for key, p in prepared.items():
+            if len(p.valid):
+                with on(key):
+                    found[key] = task.evaluate(
+                        model, p.valid, p.valid_examples, tokenizer, EVALUATED_AT_ONCE
+                    )
+        each = list(found.values())
+        figures = {EVAL + key: sum(f[key] for f in each) / len(each) for key in each[0]}
+        if len(found) > 1:
+            figures |= {f"{EVAL}{task.metric} ({key})": f[task.metric] for key, f in found.items()}
+        return figures
+
+    return Loop(
+        batches,
+        full=full,
+        sparse=sparse,
+        loss=task.loss,
+        lr=chosen.lr,
+        schedule=chosen.schedule,
+        warmup=chosen.warmup,
+        accumulate=chosen.accumulate,
+        max_grad_norm=chosen.max_grad_norm or None,
+        weight_decay=chosen.weight_decay,
+        precision=chosen.precision,
+        evaluate=evaluate if scored else None,
+        metric=EVAL + task.metric if scored else None,
+        greater_is_better=task.greater_is_better,
+        evaluate_every=chosen.evaluate_every,
+        seed=seed,
+        log=_Log(folder / LOG),
+    )
+
+
+class _Log:
+    """Appends what a loop logs to a file, one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+
+
+def _save(delta: SparseDelta, target: Path, force: bool) -> None:
+    if target.exists() and not force:
+        try:
+            if SparseDelta.load(target).content_id == delta.content_id:
+                return
+        except (OSError, ValueError):
+            pass
+        raise FileExistsError(f"{target} exists, and is not of this run; --force replaces it")
+    delta.save(target)
+
+
+def _phases(log: Path, task: Task) -> list[dict[str, Any]]:
+    """What a log says of each phase; of a step that was done again, the last time counts."""
+    steps: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+    for line in log.read_text("utf-8").splitlines() if log.exists() else ():
+        try:
+            record = json.loads(line)
+            at = (int(record.get("iteration", 0)), str(record["phase"]))
+            steps.setdefault(at, {}).setdefault(int(record["step"]), {}).update(record)
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that was being written when the process died
+    phases = []
+    for (iteration, phase), records in sorted(steps.items()):
+        ordered = [records[step] for step in sorted(records)]
+        found = {"phase": phase, "iteration": iteration, "step": ordered[-1]["step"]}
+        if losses := [r["loss"] for r in ordered if "loss" in r]:
+            found["loss"] = losses[-1]
+        metric = EVAL + task.metric
+        if scored := [r for r in ordered if metric in r]:
+            best = (max if task.greater_is_better else min)(scored, key=lambda r: r[metric])
+            found |= {"best": best[metric], "best_step": best["step"]}
+        phases.append(found)
+    return phases
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+def evaluate(
+    base: PathLike,
+    sft: SparseDelta | PathLike,
+    tests: PathLike | Sequence[PathLike],
+    *,
+    langs: Sequence[SparseDelta | PathLike | None] = (None,),
+    weight: float = 1.0,
+    kind: str | None = None,
+    labels: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    batch_size: int = EVALUATED_AT_ONCE,
+    device: str = "auto",
+    allow_base_mismatch: bool = False,
+) -> list[dict[str, Any]]:
+    """Scores θ0 + φ_task + weight · φ_language on test data.
+
+    What the SFT of the task records of its kind, its labels and its lengths need not be given.
+
+    Args:
+        base: The base model: a folder, or its name on the Hub.
+        sft: The SFT of a task (or of a language: its perplexity), or its path or Hub name.
+        tests: Test data: a file or folder, or several.
+        langs: SFTs of languages; None: none (task only). As many as `tests`: each goes with its
+            own; one of either goes with all of the other.
+        weight: Of the languages' SFTs.
+        kind: Kind of the task, for an SFT that records none.
+        labels: Likewise, in the order of its head.
+        options: Of the task, over those that the SFT records, and of the reader of the data.
+        max_length: Most pieces of an example; default: as trained.
+        batch_size: Examples at once; it changes no figure.
+        device: Such as "cpu" or "cuda"; "auto": a GPU where there is one.
+        allow_base_mismatch: Go on where an SFT was made for another base model.
+
+    Returns:
+        A record for each pair: "data", "lang" (None for task only), the task's "metric", and its
+        figures by name.
+
+    Raises:
+        RunError, DataError, SFTError: Something does not fit.
+        OSError: A file cannot be read.
+    """
+    delta = sft if isinstance(sft, SparseDelta) else SparseDelta.load(sft)
+    said = "the SFT" if isinstance(sft, SparseDelta) else os.fspath(sft)
+    recorded = _recorded(delta)
+    kind, settings = _recorded_task(said, recorded, kind)
+    own, reading = _parted(kind, options or {})
+    task = _made(kind, settings, own)
+    labels = labels or recorded.get("labels")
+    if not delta.heads:
+        raise RunError(f"{said}: has no heads, so there is nothing that it could predict")
+    paths = [tests] if isinstance(tests, str | os.PathLike) else list(tests)
+    pairs = _pairs(paths, list(langs))
+    loaded = [_language(lang) for lang in langs]
+    languages = dict(zip(map(id, langs), loaded, strict=True))
+    where = _device(device)
+    tokenizer = task.tokenizer(base)
+    examples = [_examples(task, path, "test", reading) for path in paths]
+    length = max_length or int(recorded.get("max_length", Recipe.max_length))
+    features = [task.encode(e, tokenizer, length, labels=labels) for e in examples]
+    model = task.build(base, labels).to(where)
+    if recorded.get("decouple"):
+        decouple_output_embeddings(model)
+    rows = []
+    for path, lang in pairs:
+        i = paths.index(path)
+        phi = languages[id(lang)]
+        deltas, weights = ([delta], [1.0]) if phi is None else ([delta, phi], [1.0, weight])
+        with compose(model, deltas, weights, heads=delta, allow_base_mismatch=allow_base_mismatch):
+            figures = task.evaluate(model, features[i], examples[i], tokenizer, batch_size)
+        shown = (
+            None if lang is None else "SFT" if isinstance(lang, SparseDelta) else os.fspath(lang)
+        )
+        rows.append({"data": os.fspath(path), "lang": shown, "metric": task.metric, **figures})
+    return rows
+
+
+def _recorded(delta: SparseDelta) -> dict[str, Any]:
+    """What an SFT records of its training, as far as it has the form that `train` gives it."""
+    recipe = delta.meta.get("recipe")
+    found = recipe if isinstance(recipe, dict) else {}
+    return found if isinstance(found.get("task"), dict) else {}
+
+
+def _recorded_task(
+    said: str, recorded: Mapping[str, Any], kind: str | None
+) -> tuple[str, dict[str, Any]]:
+    """The kind of an SFT's task, and its options as far as they are of that kind."""
+    settings = dict(recorded.get("task", {}))
+    found = settings.pop("name", None)
+    name = kind or found
+    if name is None:
+        raise RunError(
+            f"{said}: records no kind of task; it must be given, with the labels: "
+            f"{', '.join(TASKS)}"
+        )
+    if name not in TASKS:
+        raise RunError(f"{said}: there is no kind of task {name!r}; there are {', '.join(TASKS)}")
+    return name, settings if name == found else {}
+
+
+def _pairs(tests: Sequence[PathLike], langs: Sequence[Any]) -> list[tuple[PathLike, Any]]:
+    if not tests or not langs:
+        raise RunError("there is nothing to evaluate on")
+    if len(tests) == len(langs):
+        return list(zip(tests, langs, strict=True))
+    if 1 in (len(tests), len(langs)):
+        return [(test, lang) for lang in langs for test in tests]
+    raise RunError(
+        f"{len(tests)} test data and {len(langs)} languages: give one of either, or as many of "
+        "the one as of the other, in the same order"
+    )
+
+
+# --- several sources ----------------------------------------------------------------------------
+
+
+def read_sources(path: PathLike) -> dict[str, Source]:
+    """Reads sources from a JSON file: name → {"data": file or list of files, "valid": file, "sft":
+    file or Hub name, "repeat": number}. Paths are relative to the file's folder.
+
+    Raises:
+        RunError: It is not of that form; an unknown key is refused by name.
+        OSError: It cannot be read.
+    """
+    folder = Path(path).parent
+    try:
+        document = json.loads(Path(path).read_text("utf-8-sig"))
+    except ValueError as error:
+        raise RunError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(document, dict) or not document:
+        raise RunError(f"{path}: must be an object, one entry for each source")
+    known = [f.name for f in fields(Source)]
+    sources = {}
+    for name, entry in document.items():
+        at = f"{path}: source {name!r}"
+        if not isinstance(entry, dict):
+            raise RunError(f"{at}: must be an object with {', '.join(known)}")
+        if wrong := [key for key in entry if key not in known]:
+            raise RunError(f"{at}: there is no key {wrong[0]!r}; there are {', '.join(known)}")
+        data = entry.get("data", [])
+        data = [data] if isinstance(data, str) else data
+        texts = [*data, *(entry[k] for k in ("valid", "sft") if entry.get(k) is not None)]
+        if not isinstance(data, list) or not data or not all(isinstance(x, str) for x in texts):
+            raise RunError(f"{at}: data must be a file or a list of files, valid and sft one each")
+        repeat = entry.get("repeat", 1)
+        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
+            raise RunError(f"{at}: repeat must be a whole number of at least 1; found {repeat!r}")
+
+        def here(text: str | None) -> str | None:
+            local = None if text is None else folder / text
+            return str(local) if local is not None and local.exists() else text
+
+        sources[name] = Source(
+            tuple(here(x) or x for x in data),
+            here(entry.get("valid")),
+            here(entry.get("sft")),
+            repeat,
+        )
+    return sources
