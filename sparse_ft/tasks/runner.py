@@ -608,7 +608,7 @@ def evaluate(
     own, reading = _parted(kind, options or {})
     task = _made(kind, settings, own)
     labels = labels or recorded.get("labels")
-    if not delta.heads:
+    if task.role == "task" and not delta.heads:
         raise RunError(f"{said}: has no heads, so there is nothing that it could predict")
     paths = [tests] if isinstance(tests, str | os.PathLike) else list(tests)
     pairs = _pairs(paths, list(langs))

@@ -1,0 +1,441 @@
+"""Whole runs on tiny models: language, task, evaluation; stopped and continued; what is refused."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("seqeval")
+
+from tiny_models import bert_folder, llama_folder, write_data
+
+import sparse_ft as sf
+from sparse_ft.tasks import runner
+from sparse_ft.tasks.recipes import recipe
+from sparse_ft.tasks.runner import RunError, Source, evaluate, read_sources, train
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A folder with a base model, a decoder, and data; and SFTs of a language and of a task."""
+    folder = tmp_path_factory.mktemp("there")
+    bert_folder(folder / "bert")
+    llama_folder(folder / "llama")
+    write_data(folder)
+    language(folder, folder / "sw.safetensors", lang="sw")
+    ner(folder, folder / "ner.safetensors", sft=folder / "sw.safetensors")
+    return folder
+
+
+SHORT = {"density": 0.1, "max_length": 16, "batch_size": 4}
+
+
+def language(there, output, preset="lt-sft-language", settings=None, **options):
+    given = {**SHORT, "steps": 6, "evaluate_every": 3, **(settings or {})}
+    base = options.pop("base", there / "bert")
+    options = {"lang": "en", **options}
+    return train(there / "text.txt", base, output, recipe=recipe(preset, **given), **options)
+
+
+def ner(there, output, settings=None, **options):
+    given = {**SHORT, "max_length": 32, "steps": (4, 8), "lr": 1e-3, "evaluate_every": 4}
+    options = {"valid": there / "test.conll", "name": "ner", **options}
+    return train(
+        options.pop("data", there / "train.conll"),
+        there / "bert",
+        output,
+        recipe=recipe("lt-sft-ner", **{**given, **(settings or {})}),
+        **options,
+    )
+
+
+# --- what a run leaves --------------------------------------------------------------------------
+
+
+def test_a_language(there):
+    delta = sf.SparseDelta.load(there / "sw.safetensors")
+    assert delta.nnz == int(0.1 * delta.layout.numel)
+    assert {key: delta.meta[key] for key in ("role", "lang")} == {"role": "language", "lang": "sw"}
+    assert delta.meta["base"]["id"] == "bert"
+    # Trained whole, but for the decoupled output matrix and the frozen norms.
+    assert sorted(delta.heads) == [
+        "cls.predictions.bias",
+        "cls.predictions.transform.dense.bias",
+        "cls.predictions.transform.dense.weight",
+    ]
+    assert not any("LayerNorm" in name for name in delta.layout.names)
+    said = delta.meta["recipe"]
+    assert said["method"] == "LT-SFT"
+    assert said["preset"] == "lt-sft-language"
+    assert said["task"]["name"] == "mlm"
+    assert said["data"]["train"]["examples"] + said["data"]["valid"]["examples"] == 120
+
+
+def test_a_task_is_learnt_on_its_language_and_does_not_contain_it(there):
+    sw, task = (sf.SparseDelta.load(there / f"{name}.safetensors") for name in ("sw", "ner"))
+    assert task.meta["trained_on"] == [{"id": sw.content_id, "alpha": 1.0}]
+    assert {key: task.meta[key] for key in ("role", "lang", "task")} == {
+        "role": "task",
+        "lang": "sw",
+        "task": "ner",
+    }
+    assert task.meta["recipe"]["labels"] == ["B-LOC", "B-PER", "O"]
+    # As many entries as were selected, where the language's SFT has as many others again.
+    assert task.nnz == int(0.1 * task.layout.numel)
+    assert sw.support != task.support
+    # It belongs to the bare base: what is evaluated below checks its digest there.
+    model = sf_model(there)
+    with sf.compose(model, [task], heads=task):
+        pass
+
+
+def sf_model(there):
+    from sparse_ft.tasks import TASKS
+
+    return TASKS["tokens"]().build(there / "bert", ["B-LOC", "B-PER", "O"])
+
+
+def test_evaluation_repeats_the_figures_of_the_training(there, tmp_path):
+    made = ner(there, tmp_path / "ner.safetensors", sft=there / "sw.safetensors")
+    (row,) = evaluate(
+        there / "bert", made.path, there / "test.conll", langs=[there / "sw.safetensors"]
+    )
+    assert row["metric"] == "f1"
+    assert row["f1"] == pytest.approx(made.phases[-1]["best"], abs=1e-12)
+    (bare,) = evaluate(there / "bert", made.path, there / "test.conll")
+    assert bare["lang"] is None
+    words = [line for line in (there / "test.conll").read_text("utf-8").splitlines() if line]
+    assert bare["n"] == row["n"] == len(words)
+
+
+def test_the_perplexity_of_a_language_is_that_of_the_training(there, tmp_path):
+    lines = (there / "text.txt").read_text("utf-8").splitlines()
+    (tmp_path / "valid.txt").write_text("\n".join(lines[:20]), "utf-8")
+    made = language(there, tmp_path / "x.safetensors", valid=tmp_path / "valid.txt")
+    (row,) = evaluate(there / "bert", made.delta, tmp_path / "valid.txt")
+    # The training keeps φ in fp32; θ0 + φ is the same fp32 weight.
+    assert row["loss"] == pytest.approx(made.phases[-1]["best"], rel=1e-6)
+
+
+def test_a_decoder_learns_a_language(there, tmp_path):
+    made = language(there, tmp_path / "x.safetensors", "causal-language", base=there / "llama")
+    assert made.delta.meta["recipe"]["task"]["name"] == "clm"
+    assert made.delta.nnz == int(0.1 * made.delta.layout.numel)
+    (row,) = evaluate(there / "llama", made.path, there / "text.txt")
+    assert 0 < row["loss"] < 10
+
+
+def test_the_log_has_what_happened(there, tmp_path):
+    made = language(there, tmp_path / "x.safetensors", settings={"steps": (6, 9)})
+    log = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
+    assert {r["step"] for r in log if r["phase"] == "full" and "eval_loss" in r} == {3, 6}
+    ends = [r for r in log if "loss" in r]
+    assert [(r["phase"], r["step"]) for r in ends] == [("full", 6), ("sparse", 9)]
+    assert all({"lr", "l1", "moved", "grad_norm", "time"} <= r.keys() for r in ends)
+    assert ends[1]["moved"] <= 0.1 < ends[0]["moved"]
+    phases = [(p["phase"], p["step"], p["loss"]) for p in made.phases]
+    assert phases == [(r["phase"], r["step"], r["loss"]) for r in ends]
+    best = min((r for r in log if r["phase"] == "sparse" and "eval_loss" in r),
+               key=lambda r: r["eval_loss"])  # fmt: skip
+    assert (made.phases[1]["best"], made.phases[1]["best_step"]) == (
+        best["eval_loss"],
+        best["step"],
+    )
+
+
+def test_random_entries_need_no_full_phase(there, tmp_path):
+    made = ner(there, tmp_path / "x.safetensors", {"criterion": "random"})
+    assert [p["phase"] for p in made.phases] == ["sparse"]
+    assert made.delta.meta["recipe"]["method"] == "RAND-SFT"
+    other = ner(there, tmp_path / "y.safetensors", {"criterion": "random"}, seed=1)
+    assert made.delta.support != other.delta.support
+
+
+def test_full_tuning_moves_every_entry(there, tmp_path):
+    full = {"density": None, "k": None, "freeze_norms": False}
+    made = ner(there, tmp_path / "x.safetensors", full)
+    assert [p["phase"] for p in made.phases] == ["sparse"]
+    assert made.delta.meta["recipe"]["method"] == "full"
+    assert made.delta.nnz == made.delta.layout.numel
+    assert any("LayerNorm" in name for name in made.delta.layout.names)
+    (row,) = evaluate(there / "bert", made.path, there / "test.conll")
+    assert row["f1"] == pytest.approx(made.phases[-1]["best"], abs=1e-12)
+
+
+def test_iterations(there, tmp_path):
+    made = language(there, tmp_path / "x.safetensors", settings={"iterations": 2})
+    assert [(p["phase"], p["iteration"]) for p in made.phases] == [
+        ("full", 0),
+        ("sparse", 0),
+        ("full", 1),
+        ("sparse", 1),
+    ]
+
+
+def test_without_validation_data_the_last_state_counts(there, tmp_path):
+    said = []
+    made = ner(there, tmp_path / "x.safetensors", valid=None, note=said.append)
+    assert said == [
+        "there are no validation data, so the last state of each phase counts, not the best"
+    ]
+    assert "best" not in made.phases[-1]
+    assert "evaluate_every" not in made.delta.meta["recipe"]
+
+
+# --- the same bits ------------------------------------------------------------------------------
+
+
+def test_seeds(there, tmp_path):
+    first = ner(there, tmp_path / "a.safetensors").delta
+    again = ner(there, tmp_path / "b.safetensors").delta
+    other = ner(there, tmp_path / "c.safetensors", seed=1).delta
+    assert first.content_id == again.content_id != other.content_id
+    assert not torch.equal(first.heads["classifier.weight"], other.heads["classifier.weight"])
+
+
+class Stop(BaseException):
+    """What a signal does to a process, as far as a test in the same process can have it."""
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 8, 11])
+def test_a_stopped_run_continues_to_the_same_bits(there, tmp_path, monkeypatch, at):
+    whole = ner(there, tmp_path / "whole.safetensors", sft=there / "sw.safetensors")
+    kind = type(runner.TASKS["tokens"]())
+    loss, calls = kind.loss, []
+
+    def stops(self, model, batch):
+        calls.append(1)
+        if len(calls) == at:
+            raise Stop
+        return loss(self, model, batch)
+
+    options = {"sft": there / "sw.safetensors", "save_every": 2}
+    monkeypatch.setattr(kind, "loss", stops)
+    with pytest.raises(Stop):
+        ner(there, tmp_path / "x.safetensors", **options)
+    assert not (tmp_path / "x.safetensors").exists()
+    seen = len(calls)
+    made = ner(there, tmp_path / "x.safetensors", **options)
+    assert made.delta.content_id == whole.delta.content_id
+    assert (tmp_path / "x.safetensors").read_bytes() == whole.path.read_bytes()
+    # The loss that is logged is the mean over the steps of one process.
+    told = [[{**p, "loss": None} for p in run.phases] for run in (made, whole)]
+    assert told[0] == told[1]
+    # What was stored was not computed again: 12 steps, of which at most 2 are done twice.
+    assert len(calls) - seen <= 12 - (at - 1) + 2
+
+
+def test_a_finished_run_is_not_computed_again(there, tmp_path, monkeypatch):
+    first = ner(there, tmp_path / "x.safetensors")
+    monkeypatch.setattr(type(runner.TASKS["tokens"]()), "loss", None)
+    again = ner(there, tmp_path / "x.safetensors")
+    assert again.delta.content_id == first.delta.content_id
+    assert again.phases == first.phases
+    (tmp_path / "x.safetensors").unlink()
+    ner(there, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").exists()
+
+
+# --- several sources ----------------------------------------------------------------------------
+
+
+def test_several_sources(there, tmp_path):
+    (there / "sources.json").write_text(
+        json.dumps(
+            {
+                "sw": {"data": "train.conll", "valid": "test.conll", "sft": "sw.safetensors"},
+                "en": {"data": ["train.conll"], "repeat": 2},
+            }
+        )
+    )
+    sources = read_sources(there / "sources.json")
+    assert sources["en"] == Source((str(there / "train.conll"),), repeat=2)
+    made = ner(there, tmp_path / "x.safetensors", data=sources, valid=None)
+    sw = sf.SparseDelta.load(there / "sw.safetensors")
+    assert made.delta.meta["trained_on"] == [{"id": sw.content_id, "alpha": 1.0}]
+    assert set(made.delta.meta["recipe"]["data"]) == {"sw", "en"}
+    # Evaluated with the SFT of its source on it.
+    (row,) = evaluate(
+        there / "bert", made.path, there / "test.conll", langs=[there / "sw.safetensors"]
+    )
+    assert row["f1"] == pytest.approx(made.phases[-1]["best"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object, one entry for each source"),
+        ('{"et": {"data": {"train": "x", "sft": "y"}}}', "source 'et': data must be a file or a"),
+        ('{"et": {"data": "x", "stf": "y"}}', "source 'et': there is no key 'stf'; there are data"),
+        ('{"et": {"data": "x", "repeat": 0}}', "source 'et': repeat must be a whole number"),
+        ('{"et": {}}', "source 'et': data must be"),
+        ('{"et": "x"}', "source 'et': must be an object"),
+    ],
+)
+def test_sources_are_checked(tmp_path, document, said):
+    (tmp_path / "sources.json").write_text(document)
+    with pytest.raises(RunError, match=said):
+        read_sources(tmp_path / "sources.json")
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+def test_languages_and_tests_pair(there):
+    base, task = there / "bert", there / "ner.safetensors"
+    sw, conll = there / "sw.safetensors", there / "test.conll"
+    rows = evaluate(base, task, conll, langs=[None, sw])
+    assert [row["lang"] for row in rows] == [None, str(sw)]
+    rows = evaluate(base, task, [conll, there / "train.conll"], langs=[sw, None])
+    assert [(row["data"], row["lang"]) for row in rows] == [
+        (str(conll), str(sw)),
+        (str(there / "train.conll"), None),
+    ]
+    with pytest.raises(RunError, match="2 test data and 3 languages"):
+        evaluate(base, task, [conll, conll], langs=[sw, sw, None])
+
+
+def test_the_model_of_evaluation_is_the_sum(there):
+    """The figures are those of a model that was added up by hand."""
+    from sparse_ft.tasks import TASKS
+
+    sw, task = (sf.SparseDelta.load(there / f"{name}.safetensors") for name in ("sw", "ner"))
+    kind = TASKS["tokens"]()
+    model = kind.build(there / "bert", task.meta["recipe"]["labels"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for delta, alpha in ((task, 1.0), (sw, 0.5)):
+                if name in delta.layout:
+                    parameter += alpha * delta.dense(name)
+            if name in task.heads:
+                parameter.copy_(task.heads[name])
+    tokenizer = kind.tokenizer(there / "bert")
+    examples = kind.read(there / "train.conll")
+    features = kind.encode(examples, tokenizer, 32, labels=task.meta["recipe"]["labels"])
+    expected = kind.evaluate(model, features, examples, tokenizer)
+    (row,) = evaluate(there / "bert", task, there / "train.conll", langs=[sw], weight=0.5)
+    assert {key: row[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_sft_that_records_nothing_is_described(there, tmp_path):
+    task = sf.SparseDelta.load(there / "ner.safetensors")
+    bare = sf.SparseDelta(task.support, task.val, task.heads, {"base": task.meta["base"]})
+    with pytest.raises(RunError, match="records no kind of task"):
+        evaluate(there / "bert", bare, there / "test.conll")
+    described = {"kind": "tokens", "labels": ["B-LOC", "B-PER", "O"], "max_length": 32}
+    rows = [
+        evaluate(there / "bert", delta, there / "test.conll", **options)
+        for delta, options in ((bare, described), (task, {}))
+    ]
+    assert rows[0] == rows[1]
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_another_base_is_refused(there, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(there / "bert")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01
+    model.save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / name).write_bytes((there / "bert" / name).read_bytes())
+    with pytest.raises(sf.SFTError, match="base"):
+        evaluate(tmp_path / "other", there / "ner.safetensors", there / "test.conll")
+    evaluate(
+        *(tmp_path / "other", there / "ner.safetensors", there / "test.conll"),
+        allow_base_mismatch=True,
+    )
+
+
+def test_an_output_of_another_run_is_not_replaced(there, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((there / "sw.safetensors").read_bytes())
+    with pytest.raises(FileExistsError, match=r"x.safetensors exists, and .*x.run holds no run"):
+        ner(there, path)
+    assert path.read_bytes() == (there / "sw.safetensors").read_bytes()
+    made = ner(there, path, force=True)
+    assert path.read_bytes() != (there / "sw.safetensors").read_bytes()
+    # Something else in the place of a finished run's output.
+    path.write_bytes((there / "sw.safetensors").read_bytes())
+    with pytest.raises(FileExistsError, match="is not of this run; --force replaces it"):
+        ner(there, path)
+    ner(there, path, force=True)
+    assert sf.SparseDelta.load(path).content_id == made.delta.content_id
+
+
+def test_another_run_in_the_folder_is_refused(there, tmp_path):
+    path = tmp_path / "x.safetensors"
+    first = ner(there, path)
+    kept = path.read_bytes()
+    for settings, options in (
+        ({"lr": 2e-3}, {}),
+        ({}, {"seed": 1}),
+        ({}, {"data": there / "test.conll"}),
+    ):
+        with pytest.raises(ValueError, match=r"x\.run: holds a run with other settings"):
+            ner(there, path, settings, **options)
+    assert path.read_bytes() == kept
+    other = ner(there, path, {"lr": 2e-3}, fresh=True)
+    assert other.delta.content_id != first.delta.content_id
+    assert sf.SparseDelta.load(path).content_id == other.delta.content_id
+    log = (other.folder / "log.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["time"] for line in log) == json.loads(log[-1])["time"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "said"),
+    [
+        ({"k": 1_000_000}, {}, r"k is 1,000,000 \(preset lt-sft-ner\), and the model has \d\d,\d"),
+        ({"options": {"tag": "x"}}, {}, "tokens has no option 'tag'; it has metric, scheme"),
+        ({"criterion_options": {"no": 1}}, {}, "criterion 'magnitude' with these options"),
+        ({"criterion": "nonsense"}, {}, "nonsense"),
+        ({"metric": "las"}, {}, "metric is 'las'"),
+        ({}, {"sft": "ner.safetensors"}, r"ner.safetensors: is the SFT of a task \(ner\), not of"),
+        ({}, {"labels": ["O", "B-PER"]}, "train.conll, line .*the label 'B-LOC' is not one of"),
+        ({}, {"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({}, {"lang": "e n"}, "lang: 'e n' is no language tag"),
+        ({}, {"options": {"foo": 1}}, "neither the task tokens .* nor the reader .* options foo"),
+        ({}, {"valid": "text.txt"}, "text.txt, line 1"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(there, tmp_path, settings, options, said):
+    files = {key: there / options[key] for key in ("sft", "valid") if key in options}
+    if "k" in settings:
+        settings = {"density": None, **settings}
+    with pytest.raises(ValueError, match=said):
+        ner(there, tmp_path / "x.safetensors", settings, **{**options, **files})
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_places_are_checked_first(there, tmp_path):
+    with pytest.raises(RunError, match=r"x.bin: the output must end in .safetensors"):
+        ner(there, tmp_path / "x.bin")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        ner(there, tmp_path / "no" / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_no_number_stops_the_run(there, tmp_path, monkeypatch):
+    kind = type(runner.TASKS["tokens"]())
+    loss, calls = kind.loss, []
+
+    def diverges(self, model, batch):
+        calls.append(1)
+        return loss(self, model, batch) * (float("nan") if len(calls) == 10 else 1)
+
+    monkeypatch.setattr(kind, "loss", diverges)
+    with pytest.raises(RuntimeError, match=r"step 6 of the sparse phase.*state of step 4 is in"):
+        ner(there, tmp_path / "x.safetensors", save_every=2)
+    assert not (tmp_path / "x.safetensors").exists()
+    monkeypatch.setattr(kind, "loss", loss)
+    whole = ner(there, tmp_path / "y.safetensors")
+    assert ner(there, tmp_path / "x.safetensors", save_every=2).delta.content_id == (
+        whole.delta.content_id
+    )
