@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("seqeval")
 
-from tiny_models import bert_folder, llama_folder, write_data
+from tiny_bases import bert_folder, llama_folder, write_data
 
 import sparse_ft as sf
 from sparse_ft.tasks import runner
@@ -48,6 +48,38 @@ def ner(there, output, settings=None, **options):
         recipe=recipe("lt-sft-ner", **{**given, **(settings or {})}),
         **options,
     )
+
+
+KINDS = {
+    "lt-sft-pos": ("conllu", "accuracy", 32),
+    "lt-sft-ner": ("conll", "f1", 32),
+    "lt-sft-dp": ("conllu", "las", 32),
+    "lt-sft-sentiment": ("csv", "f1", 16),
+    "lt-sft-nli": ("jsonl", "accuracy", 32),
+    "lt-sft-qa": ("json", "f1", 32),
+}
+
+
+@pytest.mark.parametrize("preset", KINDS)
+def test_a_language_goes_with_every_kind_of_task(there, tmp_path, preset):
+    """As the paper does it: a task on a source language's SFT, scored with another's."""
+    suffix, metric, length = KINDS[preset]
+    options = {"options": {"stride": 4}} if preset == "lt-sft-qa" else {}
+    given = {**SHORT, "max_length": length, "steps": (5, 40), "evaluate_every": 20, "lr": 3e-3}
+    made = train(
+        *(there / f"train.{suffix}", there / "bert", tmp_path / "x.safetensors"),
+        recipe=recipe(preset, **given),
+        valid=there / f"train.{suffix}",
+        sft=there / "sw.safetensors",
+        **options,
+    )
+    other = language(there, tmp_path / "other.safetensors", lang="yo").path
+    sw = there / "sw.safetensors"
+    rows = evaluate(there / "bert", made.path, there / f"train.{suffix}", langs=[sw, None, other])
+    assert {row["metric"] for row in rows} == {metric}
+    assert rows[0][metric] == pytest.approx(made.phases[-1]["best"], abs=1e-12)
+    # It has learnt: always the commonest label (or the first words) would give less.
+    assert rows[0][metric] > {"f1": 0.5, "accuracy": 0.6, "las": 0.3}[metric]
 
 
 # --- what a run leaves --------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def sentences(n: int, seed: int) -> list[list[str]]:
 
 def write_data(folder: Path) -> None:
     """One small file of each kind, whose labels follow from the words: text.txt, and train.x and
-    test.x with the suffixes conll, conllu, csv and json (SQuAD)."""
+    test.x with the suffixes conll, conllu, csv, jsonl (pairs) and json (SQuAD)."""
     (folder / "text.txt").write_text("\n".join(map(" ".join, sentences(120, 0))) + "\n", "utf-8")
     for split, n, seed in (("train", 40, 1), ("test", 12, 2)):
         some = sentences(n, seed)
@@ -100,6 +100,15 @@ def write_data(folder: Path) -> None:
         (folder / f"{split}.conllu").write_text("\n\n".join(conllu) + "\n\n", "utf-8")
         rows = (f"{' '.join(words)},{'yes' if words[0] > 'c' else 'no'}" for words in some)
         (folder / f"{split}.csv").write_text("\n".join(["text,label", *rows]) + "\n", "utf-8")
+        pairs = [
+            {
+                "premise": " ".join(words),
+                "hypothesis": " ".join(words[:2]),
+                "label": ["entailment", "neutral"][words[0] > "c"],
+            }
+            for words in some
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n", "utf-8")
         paragraphs = [
             {
                 "context": " ".join(words),

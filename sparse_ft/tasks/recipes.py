@@ -266,6 +266,7 @@ _NLI = Recipe(
     lr=2e-5,
     metric="accuracy",
     evaluate_every=625,
+    options={"text": "premise", "pair": "hypothesis"},
 )
 _SENTIMENT = Recipe(
     name="lt-sft-sentiment",
@@ -380,7 +381,7 @@ DEFAULTS = {
     "mlm": "lt-sft-language",
     "clm": "causal-language",
     "tokens": "lt-sft-ner",
-    "sequences": "lt-sft-nli",
+    "sequences": "lt-sft-sentiment",
     "qa": "lt-sft-qa",
     "parsing": "lt-sft-dp",
 }

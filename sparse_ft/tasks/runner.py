@@ -622,12 +622,13 @@ def evaluate(
     model = task.build(base, labels).to(where)
     if recorded.get("decouple"):
         decouple_output_embeddings(model)
+    heads = [delta] if delta.heads else []
     rows = []
     for path, lang in pairs:
         i = paths.index(path)
         phi = languages[id(lang)]
         deltas, weights = ([delta], [1.0]) if phi is None else ([delta, phi], [1.0, weight])
-        with compose(model, deltas, weights, heads=delta, allow_base_mismatch=allow_base_mismatch):
+        with compose(model, deltas, weights, heads=heads, allow_base_mismatch=allow_base_mismatch):
             figures = task.evaluate(model, features[i], examples[i], tokenizer, batch_size)
         shown = (
             None if lang is None else "SFT" if isinstance(lang, SparseDelta) else os.fspath(lang)
