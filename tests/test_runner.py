@@ -65,10 +65,10 @@ def test_a_language_goes_with_every_kind_of_task(there, tmp_path, preset):
     """As the paper does it: a task on a source language's SFT, scored with another's."""
     suffix, metric, length = KINDS[preset]
     options = {"options": {"stride": 4}} if preset == "lt-sft-qa" else {}
-    given = {**SHORT, "max_length": length, "steps": (5, 40), "evaluate_every": 20, "lr": 3e-3}
+    given = {"max_length": length, "steps": (5, 60), "evaluate_every": 20, "lr": 5e-3}
     made = train(
         *(there / f"train.{suffix}", there / "bert", tmp_path / "x.safetensors"),
-        recipe=recipe(preset, **given),
+        recipe=recipe(preset, density=0.5, batch_size=8, **given),
         valid=there / f"train.{suffix}",
         sft=there / "sw.safetensors",
         **options,
@@ -184,6 +184,36 @@ def test_random_entries_need_no_full_phase(there, tmp_path):
     assert made.delta.support != other.delta.support
 
 
+@pytest.mark.parametrize("name", ["gradient", "fisher", "snip", "weight", "bias", "denoised"])
+def test_other_criteria(there, tmp_path, name):
+    made = ner(there, tmp_path / "x.safetensors", {"criterion": name})
+    said = made.delta.meta["recipe"]
+    assert said["criterion"] == name
+    assert said.get("approximation", False) == (name in ("gradient", "fisher", "snip"))
+    assert [p["phase"] for p in made.phases] == ["full", "sparse"][name != "denoised" :]
+    counts = made.delta.support.counts()
+    if name == "bias":
+        assert {n for n, c in counts.items() if c} == {n for n in counts if "bias" in n}
+    else:
+        assert made.delta.nnz == int(0.1 * made.delta.layout.numel)
+    again = ner(there, tmp_path / "y.safetensors", {"criterion": name})
+    assert again.delta.content_id == made.delta.content_id
+
+
+def test_the_denoised_mask_is_that_of_deft_x(there, tmp_path):
+    """At full rank it is the mask of LT-SFT; at a low one it is another."""
+    masks = {}
+    for rank in ("full", 1):
+        options = {"rank": rank, "keep_high": 0.0}
+        settings = {"criterion_options": options, "epochs": None, "steps": 6}
+        made = language(there, tmp_path / f"{rank}.safetensors", "deft-x-language", settings)
+        assert made.delta.meta["recipe"]["method"] == "DeFT-X"
+        assert made.delta.meta["recipe"]["rank"] == rank
+        masks[rank] = made.delta.support
+    plain = language(there, tmp_path / "plain.safetensors").delta.support
+    assert masks["full"] == plain != masks[1]
+
+
 def test_full_tuning_moves_every_entry(there, tmp_path):
     full = {"density": None, "k": None, "freeze_norms": False}
     made = ner(there, tmp_path / "x.safetensors", full)
@@ -230,7 +260,7 @@ class Stop(BaseException):
     """What a signal does to a process, as far as a test in the same process can have it."""
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 8, 11])
+@pytest.mark.parametrize("at", [1, 5, 8, 11])
 def test_a_stopped_run_continues_to_the_same_bits(there, tmp_path, monkeypatch, at):
     whole = ner(there, tmp_path / "whole.safetensors", sft=there / "sw.safetensors")
     kind = type(runner.TASKS["tokens"]())
@@ -416,8 +446,8 @@ def test_another_run_in_the_folder_is_refused(there, tmp_path):
     other = ner(there, path, {"lr": 2e-3}, fresh=True)
     assert other.delta.content_id != first.delta.content_id
     assert sf.SparseDelta.load(path).content_id == other.delta.content_id
-    log = (other.folder / "log.jsonl").read_text().splitlines()
-    assert max(json.loads(line)["time"] for line in log) == json.loads(log[-1])["time"]
+    log = [json.loads(line) for line in (other.folder / "log.jsonl").read_text().splitlines()]
+    assert len([r for r in log if r["phase"] == "sparse" and "loss" in r]) == 1
 
 
 @pytest.mark.parametrize(
@@ -425,8 +455,10 @@ def test_another_run_in_the_folder_is_refused(there, tmp_path):
     [
         ({"k": 1_000_000}, {}, r"k is 1,000,000 \(preset lt-sft-ner\), and the model has \d\d,\d"),
         ({"options": {"tag": "x"}}, {}, "tokens has no option 'tag'; it has metric, scheme"),
-        ({"criterion_options": {"no": 1}}, {}, "criterion 'magnitude' with these options"),
-        ({"criterion": "nonsense"}, {}, "nonsense"),
+        ({"criterion_options": {"no": 1}}, {}, "criterion 'magnitude': .*'no'"),
+        ({"criterion": "nonsense"}, {}, "no criterion 'nonsense'; there are bias, denoised, fish"),
+        ({"criterion": "snip", "criterion_options": {"n": 1}}, {}, "criterion 'snip': its one"),
+        ({"criterion": "denoised", "criterion_options": {"rank": 0}}, {}, "rank"),
         ({"metric": "las"}, {}, "metric is 'las'"),
         ({}, {"sft": "ner.safetensors"}, r"ner.safetensors: is the SFT of a task \(ner\), not of"),
         ({}, {"labels": ["O", "B-PER"]}, "train.conll, line .*the label 'B-LOC' is not one of"),

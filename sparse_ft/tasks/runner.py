@@ -20,14 +20,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from .. import criteria
 from ..compose import compose
 from ..delta import SparseDelta
 from ..families import decouple_output_embeddings, freeze_norms
 from ..files import FILE_NAME
 from ..loop import Loop
 from ..lottery import LotteryTicket
-from ..select import eligible_parameters
+from ..metadata import checked_meta
+from ..runs import random_state_kept
+from ..select import eligible_parameters, resolve_k
 from ..sources import MultiSource
+from ..tiles import Layout
 from . import TASKS, Examples, Task, held_out
 from .recipes import Recipe
 from .recipes import recipe as preset
@@ -42,6 +46,13 @@ LOG = "log.jsonl"
 EVAL = "eval_"
 """What evaluations log begins with this: the loss of a batch is not that of held-out text."""
 EVALUATED_AT_ONCE = 32
+CALIBRATION_BATCHES = 256
+CALIBRATED = {
+    "gradient": criteria.gradient,
+    "fisher": criteria.fisher,
+    "snip": criteria.snip,
+}
+"""Criteria that rank by gradients at the start: approximations that need no full phase."""
 
 
 class RunError(ValueError):
@@ -156,10 +167,12 @@ def train(
     target = Path(output)
     folder = target.with_suffix(".run") if run is None else Path(run)
     _check_places(target, folder, force or fresh)
-    chosen, reading = _with_options(chosen, options or {})
+    own, reading = _parted(chosen.task, options or {})
+    chosen = chosen.changed(options={**chosen.options, **own})
     task = _made(chosen.task, {"metric": chosen.metric} if chosen.metric else {}, chosen.options)
     sources = _sources(data, valid, sft, chosen)
     deltas = {key: _language(source.sft) for key, source in sources.items()}
+    identity = _identity(chosen, lang, name, license, deltas)
     where = _device(device)
     tokenizer = task.tokenizer(base)
 
@@ -176,24 +189,33 @@ def train(
         freeze_norms(model)
     if chosen.decouple:
         decouple_output_embeddings(model)
+    eligible = eligible_parameters(model, None)
 
-    meta = _meta(chosen, task, base, model, labels, lang, name, license, seed, prepared, deltas)
-    _check_k(chosen, model)
-    ticket = LotteryTicket(
-        model,
-        k=chosen.k,
-        density=1.0 if chosen.full_tuning else chosen.density,
-        iterations=chosen.iterations,
-        l1=chosen.l1,
-        # Every entry selected, none has to be sought.
-        criterion="random" if chosen.full_tuning else _criterion(chosen),
-        seed=seed,
-    )
-    loaders = {
-        key: _loader(p.train, task.collate(tokenizer), chosen.batch_size)
+    collate = task.collate(tokenizer)
+    loaders: dict[str, Any] = {
+        key: DataLoader(p.train, chosen.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
         for key, p in prepared.items()
     }
     with _on_sources(model, loaders, deltas, sources, seed) as (batches, on):
+        criterion = _criterion(chosen, task, model, batches, seed)
+        k = _count(chosen, criterion, eligible)
+        ticket = LotteryTicket(
+            model, k=k, iterations=chosen.iterations, l1=chosen.l1, criterion=criterion, seed=seed
+        )
+        meta = {
+            **identity,
+            "base": _origin(base, model),
+            "recipe": {
+                **chosen.to_dict(),
+                **({"method": "full"} if chosen.full_tuning else criterion.recipe()),
+                "seed": seed,
+                "task": {"name": task.name, **asdict(task)},
+                "labels": None if labels is None else list(labels),
+                "data": _records(prepared),
+            },
+        }
+        if fresh:
+            (folder / LOG).unlink(missing_ok=True)
         loop = _loop(chosen, task, batches, prepared, on, tokenizer, seed, folder)
         delta = ticket.fit(loop, folder, save_every=save_every, fresh=fresh, **meta)
     _save(delta, target, force or fresh)
@@ -214,11 +236,6 @@ def _check_places(target: Path, folder: Path, force: bool) -> None:
         raise FileExistsError(
             f"{target} exists, and {folder} holds no run that it is of; --force replaces it"
         )
-
-
-def _with_options(chosen: Recipe, options: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
-    own, reading = _parted(chosen.task, options)
-    return chosen.changed(options={**chosen.options, **own}), reading
 
 
 def _parted(kind: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -355,83 +372,97 @@ def _without_evaluation(
     return chosen.changed(evaluate_every=None)
 
 
-def _check_k(chosen: Recipe, model: nn.Module) -> None:
-    """Refuses a K that was published for a larger model."""
-    eligible = sum(p.numel() for p in eligible_parameters(model, None).values())
-    if chosen.k is not None and chosen.k > eligible:
-        raise RunError(
-            f"k is {chosen.k:,} (preset {chosen.name}), and the model has {eligible:,} eligible "
-            "entries; give a smaller k, or a density"
-        )
+def _identity(
+    chosen: Recipe,
+    lang: str | None,
+    name: str | None,
+    license: str | None,
+    deltas: Mapping[str, SparseDelta | None],
+) -> dict[str, Any]:
+    """What the result is: checked before anything is read.
+
+    Raises:
+        SFTError: A field is malformed.
+    """
+    on = [delta for delta in deltas.values() if delta is not None]
+    if lang is None and len(deltas) == 1 and on:
+        lang = on[0].meta.get("lang")
+    meta: dict[str, Any] = {"role": chosen.role, "lang": lang, "license": license}
+    if chosen.role == "task":
+        meta["task"] = name or chosen.task
+    if len(deltas) > 1:
+        # Of a single source, `fit` sees what is on the model.
+        meta["trained_on"] = [{"id": delta.content_id, "alpha": 1.0} for delta in on]
+    return checked_meta(meta, Layout((), ()), ())
 
 
-def _criterion(chosen: Recipe) -> Any:
-    """The criterion of a recipe, with its options.
+def _origin(base: PathLike, model: nn.Module) -> dict[str, str]:
+    """What is known of the base model, but its digests."""
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return {
+        # The name of a folder, not the way to it: that is nobody else's business.
+        "id": os.path.basename(os.path.abspath(base)) if os.path.isdir(base) else os.fspath(base),
+        "arch": type(model).__name__,
+        **({"revision": revision} if revision else {}),
+    }
+
+
+def _records(prepared: Mapping[str, _Prepared]) -> dict[str, Any]:
+    records = {key: p.record for key, p in prepared.items()}
+    return records if len(records) > 1 else next(iter(records.values()))
+
+
+def _criterion(
+    chosen: Recipe, task: Task, model: nn.Module, batches: Any, seed: int
+) -> criteria.Criterion:
+    """The criterion of a recipe; one that needs a calibration gets it.
 
     Raises:
         RunError: There is no such criterion, or no such option of it.
     """
-    if not chosen.criterion_options:
-        return chosen.criterion
-    from .. import criteria
-
+    name, options = chosen.criterion, dict(chosen.criterion_options)
+    if chosen.full_tuning:
+        return criteria.random()  # all of them
     try:
-        return getattr(criteria, chosen.criterion)(**chosen.criterion_options)
-    except (AttributeError, TypeError) as error:
-        raise RunError(f"criterion {chosen.criterion!r} with these options: {error}") from None
+        if name in criteria.CRITERIA:
+            return criteria.CRITERIA[name](**options)
+        if name in CALIBRATED:
+            samples = options.pop("samples", CALIBRATION_BATCHES)
+            if options:
+                raise TypeError(f"its one option is samples, not {', '.join(options)}")
+            if isinstance(batches, MultiSource):
+                raise TypeError("it is calibrated on one source, and there are several")
+            with random_state_kept():
+                torch.manual_seed(seed)
+                scores = criteria.calibrate(model, batches, task.loss, name, samples=samples)
+            return CALIBRATED[name](scores)
+    except TypeError as error:
+        raise RunError(f"criterion {name!r}: {error}") from None
+    raise RunError(
+        f"there is no criterion {name!r}; there are "
+        f"{', '.join(sorted([*criteria.CRITERIA, *CALIBRATED]))}"
+    )
 
 
-def _meta(
-    chosen: Recipe,
-    task: Task,
-    base: PathLike,
-    model: nn.Module,
-    labels: Sequence[str] | None,
-    lang: str | None,
-    name: str | None,
-    license: str | None,
-    seed: int,
-    prepared: Mapping[str, _Prepared],
-    deltas: Mapping[str, SparseDelta | None],
-) -> dict[str, Any]:
-    """The metadata of the result: all that decided it, and all that evaluation needs to know."""
-    config: Any = getattr(model, "config", None)
-    origin = {
-        # The name of a folder, not the path to it: that is nobody else's business.
-        "id": Path(os.path.abspath(base)).name if os.path.isdir(base) else os.fspath(base),
-        "revision": getattr(config, "_commit_hash", None),
-        "arch": type(model).__name__,
-    }
-    records = {key: p.record for key, p in prepared.items()}
-    methods = {"random": "RAND-SFT", "denoised": "DeFT-X"}
-    method = "full" if chosen.full_tuning else methods.get(chosen.criterion, "LT-SFT")
-    recipe: dict[str, Any] = {
-        "method": method,
-        **chosen.to_dict(),
-        "seed": seed,
-        "task": {"name": task.name, **asdict(task)},
-        "data": next(iter(records.values())) if len(records) == 1 else records,
-    }
-    if labels is not None:
-        recipe["labels"] = list(labels)
-    on = {key: delta for key, delta in deltas.items() if delta is not None}
-    if lang is None and len(deltas) == 1:
-        lang = next((delta.meta.get("lang") for delta in on.values()), None)
-    meta: dict[str, Any] = {
-        "role": chosen.role,
-        "lang": lang,
-        "license": license,
-        "task": None if chosen.role == "language" else name or task.name,
-        "base": {key: value for key, value in origin.items() if value},
-        "recipe": recipe,
-    }
-    if len(deltas) > 1 and on:
-        meta["trained_on"] = [{"id": d.content_id, "alpha": 1.0} for d in on.values()]
-    return {key: value for key, value in meta.items() if value}
+def _count(
+    chosen: Recipe, criterion: criteria.Criterion, eligible: Mapping[str, nn.Parameter]
+) -> int:
+    """K.
 
-
-def _loader(features: Any, collate: Any, batch_size: int) -> DataLoader[Any]:
-    return DataLoader(features, batch_size, shuffle=True, collate_fn=collate)
+    Raises:
+        RunError: It was published for a larger model.
+    """
+    total = sum(p.numel() for p in eligible.values())
+    if chosen.full_tuning:
+        return total
+    if criterion.fixed is not None:
+        return criterion.fixed(Layout.of(eligible)).nnz
+    if chosen.k is not None and chosen.k > total:
+        raise RunError(
+            f"k is {chosen.k:,} (preset {chosen.name}), and the model has {total:,} eligible "
+            "entries; give a smaller k, or a density"
+        )
+    return resolve_k(chosen.k, chosen.density, total)
 
 
 On = Callable[[str], Any]
