@@ -17,6 +17,7 @@ import torch
 
 from sparse_ft.quickstart import e5, report
 from sparse_ft.quickstart.intents import (
+    NEW_NAMES,
     Language,
     Sizes,
     TemplateError,
@@ -97,6 +98,25 @@ def test_sampler_draws_only_expansions_and_all_of_them() -> None:
     assert levels == {"10", "20", "30"}
 
 
+def test_tags_follow_the_slots() -> None:
+    language = Language("xx", LANGUAGE, {"area": ("Nova Terra",)})
+    rng = random.Random(0)
+
+    def tags(template: str) -> list[tuple[str, str]]:
+        sentence = language.sample("Set", template, rng)
+        return list(zip(sentence.text.split(), sentence.tags, strict=True))
+
+    assert tags("set  {area} now") == [
+        ("set", "O"), ("Nova", "B-area"), ("Terra", "I-area"), ("now", "O"),
+    ]  # fmt: skip
+    # A word that a value reaches into is the value's; two values side by side are two.
+    assert [t for _, t in tags("d'{area}s {level}% {level}")] == [
+        "B-area", "I-area", "B-level", "B-level",
+    ]  # fmt: skip
+    assert {t for _, t in tags("{area}-{level} [({area};x)]")} <= {"B-area", "I-area", "O"}
+    assert tags("hello there") == [("hello", "O"), ("there", "O")]
+
+
 def test_templates_that_cannot_be_expanded_are_left_out() -> None:
     templates = Language("xx", LANGUAGE).templates
     assert templates["Say"] == ["hello there"]
@@ -152,6 +172,17 @@ def test_no_test_sentence_has_a_twin_in_training(target: str, control: str) -> N
     assert {s.template for s in corpus.target} <= test_templates
     trained = {t for texts in split["train"].values() for t in texts}
     assert trained.isdisjoint(test_templates)
+    # The slots' test has the same sentences with names that no other sentence has.
+    for ours, renamed in (
+        (corpus.target, corpus.renamed["target"]),
+        (corpus.source["test"], corpus.renamed["source"]),
+    ):
+        assert [s.tags for s in renamed] == [s.tags for s in ours]
+        assert [s.skeleton for s in renamed] == [s.skeleton for s in ours]
+    words = {w for s in [*train, *held_out] for w in s.text.split()}
+    words |= {w for free in corpus.unlabelled.values() for text in free for w in text.split()}
+    assert words.isdisjoint(name for names in NEW_NAMES.values() for name in names)
+    assert any(name in s.text for s in corpus.renamed["target"] for name in NEW_NAMES["area"])
     # English: dev and test share nothing either.
     dev, test = corpus.source["dev"], corpus.source["test"]
     assert {s.template for s in dev}.isdisjoint(s.template for s in test)

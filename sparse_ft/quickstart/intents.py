@@ -1,5 +1,7 @@
 """Home Assistant intents as cross-lingual data: template grammar, sampler, splits by template.
 
+A sentence has two labels: its intent, and a tag for each word that says which slot it fills.
+
 Each language of the package `home-assistant-intents` has hand-written sentence templates for
 intents that bear the same name in every language::
 
@@ -20,7 +22,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,6 +37,12 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "floor": ("Alpha", "Beta", "Gamma", "Delta"),
 }
 """Values of the slots that a household fills itself: names that belong to no one language."""
+NEW_NAMES: Mapping[str, tuple[str, ...]] = {
+    "area": ("Gallery", "Bistro", "Kiosk", "Rotunda", "Arcade", "Bungalow", "Pavilion", "Sauna"),
+    "name": ("Sirius", "Titan", "Phoenix", "Rigel", "Castor", "Pollux", "Hermes", "Apollo"),
+    "floor": ("Omega", "Sigma", "Kappa", "Zenith"),
+}
+"""Others, as many of each, that no training sees: a slot is told by its context, not by its name."""
 
 
 class TemplateError(ValueError):
@@ -88,6 +96,7 @@ Node: TypeAlias = Text | Slot | Rule | Joined | Choice | Permutation
 _CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
+@cache
 def parse(template: str) -> Node:
     """Parse one template.
 
@@ -171,16 +180,37 @@ class Sentence:
         skeleton: the same with `{slot}` for slot values, lower case; equal skeletons are twins.
         intent: the label.
         template: the template it came from.
+        tags: of each word of the text, "O", "B-slot" (a slot's value begins) or "I-slot" (goes on).
     """
 
     text: str
     skeleton: str
     intent: str
     template: str
+    tags: tuple[str, ...]
+
+
+_Pieces: TypeAlias = list[tuple[str, str | None]]
+"""Text in pieces, each with the slot whose value it is."""
 
 
 def _tidy(text: str) -> str:
     return " ".join(text.split())
+
+
+def _tags(pieces: _Pieces) -> tuple[str, ...]:
+    """A tag for each word. What touches a value has its tag: `50%`, `d'Luna` are one word each."""
+    owners = [i for i, (text, _) in enumerate(pieces) for _ in text]
+    tags: list[str] = []
+    last = None
+    for word in re.finditer(r"\S+", "".join(text for text, _ in pieces)):
+        slots = [i for i in owners[word.start() : word.end()] if pieces[i][1] is not None]
+        here = slots[0] if slots else None
+        tags.append(
+            "O" if here is None else f"{'I' if here == last else 'B'}-{pieces[here][1]}"
+        )
+        last = here
+    return tuple(tags)
 
 
 class Language:
@@ -189,13 +219,20 @@ class Language:
     Args:
         code: the language's code in `home-assistant-intents`, such as ``lb``.
         data: the content of its file, read from the installed package when None.
+        names: values of the slots that a household fills itself.
 
     Raises:
         QuickstartError: the package is not installed or has no such language.
     """
 
-    def __init__(self, code: str, data: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        data: Mapping[str, Any] | None = None,
+        names: Mapping[str, Sequence[str]] = NAMES,
+    ) -> None:
         self.code = code
+        self.names = names
         self.data = _load(code) if data is None else data
         self.rules = {k: parse(v) for k, v in self.data.get("expansion_rules", {}).items()}
         self.lists: Mapping[str, Any] = self.data.get("lists", {})
@@ -214,7 +251,7 @@ class Language:
     def _closed(self, node: Node, depth: int = 0) -> bool:
         match node:
             case Slot(name):
-                return name in NAMES or not self.lists.get(name, {"wildcard": True}).get("wildcard")
+                return name in self.names or not self.lists.get(name, {"wildcard": True}).get("wildcard")
             case Rule(name):
                 return (
                     name in self.rules and depth < 20 and self._closed(self.rules[name], depth + 1)
@@ -233,39 +270,42 @@ class Language:
             template: one of `templates[intent]`.
             rng: the source of choices, each uniform.
         """
-        text, skeleton = self._expand(parse(template), rng)
-        return Sentence(_tidy(text), _tidy(skeleton).lower(), intent, template)
+        pieces = self._expand(parse(template), rng)
+        text = _tidy("".join(text for text, _ in pieces))
+        skeleton = _tidy("".join(text if slot is None else f"{{{slot}}}" for text, slot in pieces))
+        return Sentence(text, skeleton.lower(), intent, template, _tags(pieces))
 
-    def _expand(self, node: Node, rng: random.Random) -> tuple[str, str]:
+    def _expand(self, node: Node, rng: random.Random) -> _Pieces:
         match node:
             case Text(text):
-                return text, text
+                return [(text, None)]
             case Rule(name):
                 return self._expand(self.rules[name], rng)
             case Slot(name):
-                return self._value(name, rng), "{" + name + "}"
+                return [(self._value(name, rng), name)]
             case Choice(options):
                 return self._expand(rng.choice(options), rng)
             case Joined(parts):
-                pairs = [self._expand(p, rng) for p in parts]
-                return "".join(t for t, _ in pairs), "".join(s for _, s in pairs)
+                return [piece for part in parts for piece in self._expand(part, rng)]
             case Permutation(parts):
                 order = list(parts)
                 rng.shuffle(order)
-                pairs = [self._expand(p, rng) for p in order]
-                return " ".join(t for t, _ in pairs), " ".join(s for _, s in pairs)
+                pieces: _Pieces = []
+                for part in order:
+                    pieces += [*self._expand(part, rng), (" ", None)]
+                return pieces[:-1]
         raise TypeError(f"not a template node: {node!r}")
 
     def _value(self, name: str, rng: random.Random) -> str:
-        if name in NAMES:
-            return rng.choice(NAMES[name])
+        if name in self.names:
+            return rng.choice(self.names[name])
         content = self.lists[name]
         if "range" in content:
             span = content["range"]
             return str(rng.randrange(span["from"], span["to"] + 1, span.get("step", 1)))
         value = rng.choice(content["values"])
         text = value if isinstance(value, str) else value["in"]
-        return self._expand(parse(text), rng)[0]
+        return "".join(part for part, _ in self._expand(parse(text), rng))
 
 
 def expansions(node: Node, rules: Mapping[str, Node] | None = None) -> Iterator[str]:
@@ -409,6 +449,8 @@ class Corpus:
         intents: the labels: intents with two usable templates or more in source and target.
         source: English sentences, split -> sentences ("train", "dev", "test").
         target: sentences of the target language's test templates.
+        renamed: the sentences of `source["test"]` and of `target` with `NEW_NAMES`, under "source"
+            and "target".
         unlabelled: language -> texts from the templates that are not held out.
         languages: target and control language codes.
     """
@@ -416,6 +458,7 @@ class Corpus:
     intents: tuple[str, ...]
     source: Mapping[str, list[Sentence]]
     target: list[Sentence]
+    renamed: Mapping[str, list[Sentence]]
     unlabelled: Mapping[str, list[str]]
     languages: tuple[str, str]
 
@@ -423,6 +466,7 @@ class Corpus:
     def texts(self) -> list[str]:
         """All texts, each once."""
         labelled = [*self.source["train"], *self.source["dev"], *self.source["test"], *self.target]
+        labelled += [*self.renamed["source"], *self.renamed["target"]]
         free = [text for texts in self.unlabelled.values() for text in texts]
         return list(dict.fromkeys([s.text for s in labelled] + free))
 
@@ -464,16 +508,15 @@ def build_corpus(
             f"{SOURCE!r}; the quickstart needs 3. Try lb, cy, is, ga, af or eu"
         )
 
-    def held_out(code: str, split: str, per_intent: int, per_template: int) -> list[Sentence]:
-        rng = random.Random(f"{code} {split}")
-        templates = splits[code].get(split, {})
+    def held_out(language: Language, split: str) -> list[Sentence]:
+        rng = random.Random(f"{language.code} {split}")
+        templates = splits[language.code].get(split, {})
         return without_ambiguous(
-            sample_split(languages[code], templates, per_intent, per_template, rng)
+            sample_split(language, templates, sizes.test_per_intent, sizes.test_per_template, rng)
         )
 
-    test = {code: held_out(code, "test", sizes.test_per_intent, sizes.test_per_template)
-            for code in codes}  # fmt: skip
-    dev = held_out(SOURCE, "dev", sizes.test_per_intent, sizes.test_per_template)
+    test = {code: held_out(language, "test") for code, language in languages.items()}
+    dev = held_out(languages[SOURCE], "dev")
     secret = [s for sentences in test.values() for s in sentences]
 
     def labelled(sentences: Sequence[Sentence]) -> list[Sentence]:
@@ -495,4 +538,8 @@ def build_corpus(
         rng.shuffle(texts)
         unlabelled[code] = texts[: sizes.unlabelled]
     source = {"train": labelled(train), "dev": labelled(dev), "test": labelled(test[SOURCE])}
-    return Corpus(intents, source, labelled(test[target]), unlabelled, (target, control))
+    renamed = {
+        part: labelled(held_out(Language(code, languages[code].data, NEW_NAMES), "test"))
+        for part, code in (("source", SOURCE), ("target", target))
+    }
+    return Corpus(intents, source, labelled(test[target]), renamed, unlabelled, (target, control))
