@@ -335,7 +335,7 @@ class Overlap:
         cell = 0.08 * max(7, *(len(text) for row in cells for text in row)) if few else 0.17
         side, size = max(2.4, n * cell), 9 if few else 6
         # The map fills the figure: all else lies outside, and what is saved grows to hold it.
-        figure = _figure("plot", path, side, side)
+        figure = new_figure("Overlap.plot", path, side, side)
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         axes = figure.add_axes((0, 0, 1, 1), facecolor="0.8")
@@ -388,7 +388,7 @@ class Overlap:
         chance = a * b / np.maximum(sizes, 1)
         index, by_chance = (100 * x / np.maximum(a + b - x, 1) for x in (both, chance))
         places = np.arange(len(self.layers))
-        figure = _figure("plot_layers", path, max(5.0, 0.3 * len(places) + 2), 4.5)
+        figure = new_figure("Overlap.plot_layers", path, max(5.0, 0.3 * len(places) + 2), 4.5)
         axes = figure.subplots()
         axes.fill_between(places, index.min(0), index.max(0), color="#0072B2", alpha=0.2, lw=0)
         median = np.median(index, 0)
@@ -432,17 +432,17 @@ class Overlap:
         return "\n".join(lines)
 
 
-def _figure(what: str, path: str | os.PathLike[str], width: float, height: float) -> Figure:
+def new_figure(where: str, path: str | os.PathLike[str], width: float, height: float) -> Figure:
     if os.path.splitext(path)[1].lower() not in _PLOT_SUFFIXES:
         raise ValueError(
-            f"Overlap.{what}: path must end in {', '.join(_PLOT_SUFFIXES[:-1])} or "
+            f"{where}: path must end in {', '.join(_PLOT_SUFFIXES[:-1])} or "
             f"{_PLOT_SUFFIXES[-1]}, found {os.fspath(path)!r}"
         )
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"Overlap.{what} needs matplotlib, which is not installed. Install it with: "
+            f"{where} needs matplotlib, which is not installed. Install it with: "
             'pip install "sparse-ft[plot]"',
             name=error.name,
         ) from None
