@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_docs import ROOT, blocks
 
 from sparse_ft.quickstart import e5, report
 from sparse_ft.quickstart.intents import (
@@ -348,26 +349,82 @@ def test_a_missing_package_is_named_with_its_remedy() -> None:
 # Training helpers
 
 
-def test_batches_and_masks_are_reproducible() -> None:
-    from sparse_ft.quickstart.training import Pieces, batches, mask_rows
+def test_batches_are_of_one_size_of_similar_lengths_and_from_torch_s_random_state() -> None:
+    from sparse_ft.quickstart.training import batches
+
+    lengths = [3 + i % 7 for i in range(50)]
+
+    def epoch(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return list(batches(lengths, 8, lambda chosen: chosen))  # type: ignore[arg-type, return-value]
+
+    drawn = epoch(3)
+    assert drawn == epoch(3) != epoch(4)
+    assert len(drawn) == 50 // 8
+    assert {len(b) for b in drawn} == {8}
+    assert len({i for b in drawn for i in b}) == 48
+    # 50 rows are one window: sorted by length, a batch spans at most two lengths.
+    assert max(len({lengths[i] for i in b}) for b in drawn) <= 3
+    assert [len(b) for b in batches([5, 6], 8, lambda chosen: chosen)] == [2]  # type: ignore[arg-type, return-value]
+
+
+def test_masked_batches_hide_text_and_name_its_classes() -> None:
+    from sparse_ft.quickstart.training import Pieces, Recipe, log_frequencies, masked_batches
 
     rows = [[0] + [5] * (1 + i % 7) + [2] for i in range(50)]
-    drawn = batches(rows, 8, 20, seed=3)
-    assert drawn == batches(rows, 8, 20, seed=3)
-    assert drawn != batches(rows, 8, 20, seed=4)
-    assert {len(b) for b in drawn} == {8}
-    assert len(drawn) == 20
-    ids, attention = pad(rows[:8], pad_id=1)
+    _, attention = pad(rows[:8], pad_id=1)
     assert attention.sum(1).tolist() == [len(r) for r in rows[:8]]
-    pieces = Pieces(pad=1, mask=9, predicted=torch.tensor([5, 6, 8]))
-    generator = torch.Generator().manual_seed(0)
+    pieces = Pieces(pad=1, mask=9, vocabulary=10, predicted=torch.tensor([5, 6, 8]))
+    classes, text = pieces.classes(torch.tensor([5, 7, 8, 9]))
+    assert classes[text].tolist() == [0, 2]
+    assert text.tolist() == [True, False, True, False]
+    torch.manual_seed(0)
+    share = []
     for _ in range(20):
-        noisy, masked, classes = mask_rows(ids, pieces, 0.25, generator)
-        assert masked.any()
-        assert (ids[masked] == 5).all()
-        assert (pieces.predicted[classes] == ids[masked]).all()
-        assert (noisy[~masked] == ids[~masked]).all()
-        assert set(noisy[masked].tolist()) <= {5, 6, 8, 9}
+        for batch in masked_batches(rows, pieces, Recipe(batch=8, masked=0.25)):
+            masked = batch["masked"]
+            assert masked.any()
+            assert (batch["classes"] == 0).all()  # all text is the piece 5, the class 0
+            assert len(batch["classes"]) == masked.sum()
+            assert set(batch["ids"][~masked].tolist()) <= {0, 1, 2, 5}
+            text = (batch["attention"] == 1) & (batch["ids"] != 0) & (batch["ids"] != 2)
+            share.append(float(masked.sum() / text.sum()))
+    assert 0.2 < sum(share) / len(share) < 0.3
+    shares = log_frequencies([[0, 5, 5, 6, 2]], pieces).exp()
+    assert shares == pytest.approx(torch.tensor([2.1, 1.1, 0.1]) / 3.3)
+
+
+# Slots
+
+
+def test_f1_of_slots_is_seqeval_s() -> None:
+    pytest.importorskip("transformers")
+    metrics = pytest.importorskip("seqeval.metrics")
+    from sparse_ft.quickstart import _score
+    from sparse_ft.quickstart.tasks import Slots
+
+    gold = [["O", "B-a", "I-a"], ["B-b", "B-b", "O"], ["O", "O"], ["B-new", "I-new"]]
+    said = [["O", "B-a", "I-a"], ["B-b", "I-b", "B-a"], ["O", "B-a"], ["O", "B-a"]]
+    counts = [Slots.count(g, s) for g, s in zip(gold, said, strict=True)]
+    assert _score(counts) == pytest.approx(metrics.f1_score(gold, said))
+    assert counts[0] == [2, 2]
+    assert counts[2] == [0, 1]
+
+
+def test_standard_errors_shrink_with_templates_and_vanish_for_equals() -> None:
+    from sparse_ft.quickstart import _standard_error
+    from sparse_ft.quickstart.intents import Sentence
+
+    draw = random.Random(0)
+    sentences = [Sentence("", "", "", str(i // 4), ()) for i in range(400)]
+    better = [[int(draw.random() < 0.8), 1] for _ in sentences]
+    # All sentences of a template alike: 100 draws of a share 0.5.
+    worse = [[int(i // 4 % 2 == 0), 1] for i in range(400)]
+    none = [[0, 1]] * 400
+    runs = [{"counts": {"a": worse, "b": none, "c": better}}]
+    assert _standard_error(sentences, runs, "a", "a") == 0
+    assert _standard_error(sentences, runs, "a", "b") == pytest.approx(0.5 / 100**0.5, rel=0.1)
+    assert _standard_error(sentences, runs, "c", "b") == pytest.approx((0.16 / 400) ** 0.5, rel=0.2)
 
 
 # Store
@@ -399,7 +456,7 @@ def _results(seeds: int) -> dict[str, Any]:
     runs: list[Mapping[str, Any]] = [
         {
             "seed": s,
-            "accuracy": {
+            "scores": {
                 "task": 0.4, "language+task": 0.5 + 0.01 * s, "control+task": 0.41,
                 "language1+task": 0.45, "full": 0.38, "source": 0.97, "source_full": 0.98,
             },
@@ -412,6 +469,7 @@ def _results(seeds: int) -> dict[str, Any]:
         for s in range(seeds)
     ]  # fmt: skip
     return {
+        "task": "intents", "metric": "accuracy",
         "language": "lb", "control": "cy", "output": "out", "base": "out/base",
         "base_bytes": 9e7, "plot": "out/accuracy.png", "seconds": 200.0, "threads": 2,
         "precision": "bfloat16", "peak_bytes": 2e9, "test_sentences": 700, "test_templates": 80,
@@ -421,7 +479,7 @@ def _results(seeds: int) -> dict[str, Any]:
 
 
 def test_report_gives_the_mean_and_each_seed() -> None:
-    rows = report.accuracy_rows(_results(3))
+    rows = report.score_rows(_results(3))
     assert rows[0] == ("task", "task SFT alone", "40.0", ["40.0", "40.0", "40.0"])
     assert rows[1] == (
         "language+task", "task SFT + 0.5 × lb SFT", "51.0", ["50.0", "51.0", "52.0"],
@@ -438,38 +496,42 @@ def test_report_gives_the_mean_and_each_seed() -> None:
     assert not any("--seeds 3" in c for c in report.next_commands(_results(3)))
 
 
-def test_report_is_printed_and_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["intents", "slots"])
+def test_report_is_printed_and_drawn(task: str, tmp_path: Path) -> None:
     console_module = pytest.importorskip("rich.console")
     console = console_module.Console(width=120, record=True, file=io.StringIO())
-    report.show(_results(2), console)
+    results = {**_results(2), "task": task, "metric": "F1"}
+    report.show(results, console)
     shown = console.export_text()
     for part in (
         "task SFT + 0.5 × lb SFT",
         "50.5",
         "seed 1",
         "7.4 MB",
+        "F1",
         "sparse-ft info",
+        f"--task {task} --language lb --seeds 3",
         "sf.compose",
     ):
         assert part in shown
-    compile(report.python_snippet(_results(1)), "snippet", "exec")
+    compile(report.python_snippet(results), "snippet", "exec")
     pytest.importorskip("matplotlib")
-    report.plot(_results(2), tmp_path / "accuracy.png")
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    report.plot(results, tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
 # The whole
 
 
 def test_arguments_out_of_range_are_refused(tmp_path: Path) -> None:
-    from sparse_ft.quickstart import load_classifier, run
+    from sparse_ft.quickstart import load_model, run
 
-    for wrong in ({"seeds": 0}, {"seed": -1}, {"threads": 0}):
+    for wrong in ({"seeds": 0}, {"seed": -1}, {"threads": 0}, {"task": "parsing"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             run(output=tmp_path / "out", **wrong)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
     with pytest.raises(e5.QuickstartError, match="no finished quickstart"):
-        load_classifier(tmp_path)
+        load_model(tmp_path)
 
 
 def _tiny_encoder(folder: Path) -> str:
@@ -504,7 +566,7 @@ def test_any_encoder_runs_and_a_rerun_gives_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparse_ft.quickstart import run
-    from sparse_ft.quickstart.training import Trainer
+    from sparse_ft.quickstart.training import Setup
 
     monkeypatch.chdir(tmp_path)
     name = _tiny_encoder(tmp_path / "tiny")
@@ -512,7 +574,7 @@ def test_any_encoder_runs_and_a_rerun_gives_the_same_bits(
 
     def outcome(**options: Any) -> list[tuple[dict[str, float], list[str]]]:
         results = run(model=name, fast=True, seeds=2, **options)
-        return [(r["accuracy"], [s["content_id"] for s in r["sfts"]]) for r in results["runs"]]
+        return [(r["scores"], [s["content_id"] for s in r["sfts"]]) for r in results["runs"]]
 
     first = outcome(output="one", threads=1)
     assert torch.get_num_threads() == before
@@ -522,18 +584,84 @@ def test_any_encoder_runs_and_a_rerun_gives_the_same_bits(
 
     # Everything is stored now, so nothing is trained; a lost file costs its own step alone.
     trained: list[str] = []
-    language_sft = Trainer.language_sft
+    language_sft = Setup.language_sft
 
-    def noted(self: Trainer, model: Any, code: str, *rest: Any) -> Any:
+    def noted(self: Setup, model: Any, pieces: Any, code: str, *rest: Any) -> Any:
         trained.append(code)
-        return language_sft(self, model, code, *rest)
+        return language_sft(self, model, pieces, code, *rest)
 
-    monkeypatch.setattr(Trainer, "language_sft", noted)
+    monkeypatch.setattr(Setup, "language_sft", noted)
     assert outcome(output="one", threads=1) == first
     assert trained == []
     Path("one/language-cy-seed1.safetensors").unlink()
     assert outcome(output="one", threads=1) == first
     assert trained == ["cy"]
+
+
+@needs_data
+def test_slots_reuse_the_language_sfts_and_the_first_sft_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sparse_ft as sf
+    from sparse_ft.quickstart import load_model, run
+
+    monkeypatch.chdir(tmp_path)
+    name, folder = _tiny_encoder(tmp_path / "tiny"), Path("sparse-ft-quickstart")
+    intents = run(model=name, fast=True, threads=1)
+    language = folder / "language-lb-seed0.safetensors"
+    before = language.stat().st_mtime_ns
+    slots = run(model=name, fast=True, threads=1, task="slots")
+    assert language.stat().st_mtime_ns == before
+    files = [[s["content_id"] for s in r["runs"][0]["sfts"]] for r in (intents, slots)]
+    assert files[0][:2] == files[1][:2]
+    assert files[0][2] != files[1][2]
+    assert slots["metric"] == "F1"
+    assert {"O", "B-area", "B-color"} <= {*slots["labels"]}
+    assert slots["test_templates"] == intents["test_templates"]
+    model, tokenizer, labels = load_model(folder, "slots")
+    task, lb = (sf.SparseDelta.load(slots["runs"][0]["files"][k]) for k in ("task", "language"))
+    with sf.compose(model, [task, lb], heads=task), torch.inference_mode():
+        logits = model(**tokenizer(["turn on Nova"], return_tensors="pt")).logits
+    assert logits.shape[-1] == len(labels)
+    assert not any((folder / "runs").iterdir())
+
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs" / "first-sft.md"):
+        exec(compile(block, "docs/first-sft.md", "exec"), names)
+    assert sf.SparseDelta.load("mine.safetensors").content_id == names["mine"].content_id
+
+
+@needs_data
+def test_a_killed_quickstart_continues_in_the_middle_of_a_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparse_ft.quickstart import run, training
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    name = _tiny_encoder(tmp_path / "tiny")
+
+    def ids(output: str) -> list[str]:
+        results = run(model=name, fast=True, threads=1, output=output)
+        return [s["content_id"] for s in results["runs"][0]["sfts"]]
+
+    whole = ids("whole")
+    taken: list[int] = []
+    loss = training.masked_loss
+
+    def killed(model: Any, batch: Any) -> Any:
+        taken.append(1)
+        if len(taken) in (3, 16, 27, 38):  # stage 0 twice, both phases of a language
+            raise KeyboardInterrupt
+        return loss(model, batch)
+
+    monkeypatch.setattr(training, "masked_loss", killed)
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            ids("parts")
+    assert ids("parts") == whole
+    # 22 steps of stage 0 and 2 · 20 of the languages; a kill costs two steps at most, and its own.
+    assert 62 < len(taken) <= 62 + 4 * 2
 
 
 @needs_data
@@ -549,19 +677,19 @@ def test_models_that_cannot_serve_are_refused(tmp_path: Path) -> None:
 @needs_data
 def test_fast_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sparse_ft as sf
-    from sparse_ft.quickstart import load_classifier, run
+    from sparse_ft.quickstart import load_model, run
 
     monkeypatch.chdir(tmp_path)
     results = run(output="out", fast=True)
     one = results["runs"][0]
-    assert set(one["accuracy"]) == set(report.LABELS)
-    assert all(0 <= v <= 1 for v in one["accuracy"].values())
-    assert json.loads(Path("out/results.json").read_text())["runs"][0] == one
-    assert Path("out/accuracy.png").is_file()
+    assert set(one["scores"]) == set(report.LABELS)
+    assert all(0 <= v <= 1 for v in one["scores"].values())
+    assert json.loads(Path("out/intents.json").read_text())["runs"][0] == one
+    assert Path("out/intents.png").is_file()
     assert results["peak_bytes"] < 6e9
 
     # The files stand on their own: what they give is what was reported.
-    model, tokenizer, intents = load_classifier("out")
+    model, tokenizer, intents = load_model("out")
     task = sf.SparseDelta.load(one["files"]["task"])
     language = sf.SparseDelta.load(one["files"]["language"])
     assert [task.content_id, language.content_id] == [
@@ -578,5 +706,5 @@ def test_fast_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     # One step is lost, the others are reused: the same bits again.
     Path(one["files"]["task"]).unlink()
     again = run(output="out", fast=True)["runs"][0]
-    assert again["accuracy"] == one["accuracy"]
+    assert again["scores"] == one["scores"]
     assert [s["content_id"] for s in again["sfts"]] == [s["content_id"] for s in one["sfts"]]

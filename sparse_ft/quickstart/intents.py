@@ -42,7 +42,7 @@ NEW_NAMES: Mapping[str, tuple[str, ...]] = {
     "name": ("Sirius", "Titan", "Phoenix", "Rigel", "Castor", "Pollux", "Hermes", "Apollo"),
     "floor": ("Omega", "Sigma", "Kappa", "Zenith"),
 }
-"""Others, as many of each, that no training sees: a slot is told by its context, not by its name."""
+"""Others, as many of each, that no training sees: only their context tells which slot they fill."""
 
 
 class TemplateError(ValueError):
@@ -206,9 +206,7 @@ def _tags(pieces: _Pieces) -> tuple[str, ...]:
     for word in re.finditer(r"\S+", "".join(text for text, _ in pieces)):
         slots = [i for i in owners[word.start() : word.end()] if pieces[i][1] is not None]
         here = slots[0] if slots else None
-        tags.append(
-            "O" if here is None else f"{'I' if here == last else 'B'}-{pieces[here][1]}"
-        )
+        tags.append("O" if here is None else f"{'I' if here == last else 'B'}-{pieces[here][1]}")
         last = here
     return tuple(tags)
 
@@ -251,7 +249,8 @@ class Language:
     def _closed(self, node: Node, depth: int = 0) -> bool:
         match node:
             case Slot(name):
-                return name in self.names or not self.lists.get(name, {"wildcard": True}).get("wildcard")
+                free = self.lists.get(name, {"wildcard": True}).get("wildcard")
+                return name in self.names or not free
             case Rule(name):
                 return (
                     name in self.rules and depth < 20 and self._closed(self.rules[name], depth + 1)

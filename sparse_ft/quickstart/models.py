@@ -1,6 +1,7 @@
 """The two models of the quickstart: one encoder, a masked-language head or a classifier on it.
 
-Both name the encoder `encoder`, so an SFT learnt under one head composes under the other.
+Both name the encoder as models of its family do (`bert`), so an SFT learnt under one head composes
+under the other, and under the heads of transformers.
 """
 
 from __future__ import annotations
@@ -9,12 +10,68 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .e5 import QuickstartError
+
 POOLED_SCALE = 10.0
 """Factor on the mean-pooled vectors: an encoder of sentence vectors packs them into a narrow cone,
 and one learning rate then serves classifier and encoder."""
 
 
-class MaskedLanguageModel(nn.Module):
+def load_encoder(name: str) -> nn.Module:
+    """A Hugging Face encoder in float32, without a pooler where it has the choice.
+
+    Args:
+        name: a name or a folder.
+
+    Raises:
+        QuickstartError: there is no such model, or it cannot be read.
+    """
+    from transformers import AutoModel
+
+    try:
+        try:
+            encoder = AutoModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32)
+        except TypeError:
+            encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise QuickstartError(f"the model {name!r} cannot be loaded: {error}") from error
+    for parameter_name, parameter in encoder.named_parameters():
+        parameter.requires_grad_("pooler" not in parameter_name)
+    return encoder  # type: ignore[no-any-return]
+
+
+class WithHead(nn.Module):
+    """A Hugging Face encoder under the name that its family gives it.
+
+    Args:
+        encoder: a Hugging Face encoder.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.base_model_prefix: str = encoder.base_model_prefix  # type: ignore[assignment]
+        self.add_module(self.base_model_prefix, encoder)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder."""
+        return self.get_submodule(self.base_model_prefix)
+
+    def states(self, ids: Tensor, attention: Tensor) -> Tensor:
+        """The encoder's last states.
+
+        Args:
+            ids: int64 [batch, length].
+            attention: int64 [batch, length], 1 for pieces and 0 for padding.
+
+        Returns:
+            Float [batch, length, hidden].
+        """
+        states: Tensor = self.encoder(input_ids=ids, attention_mask=attention).last_hidden_state
+        return states
+
+
+class MaskedLanguageModel(WithHead):
     """An encoder with a head that predicts masked pieces.
 
     The output matrix is a frozen copy of the input embeddings of the pieces that can be predicted,
@@ -25,11 +82,8 @@ class MaskedLanguageModel(nn.Module):
         predicted: int64 [classes], input ids that the head tells apart.
     """
 
-    base_model_prefix = "encoder"
-
     def __init__(self, encoder: nn.Module, predicted: Tensor) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         embeddings: Tensor = encoder.get_input_embeddings().weight  # type: ignore[operator]
         hidden = embeddings.shape[1]
         self.dense = nn.Linear(hidden, hidden)
@@ -51,8 +105,7 @@ class MaskedLanguageModel(nn.Module):
         Returns:
             Logits [masked positions, classes].
         """
-        states = self.encoder(input_ids=ids, attention_mask=attention).last_hidden_state
-        hidden = self.norm(functional.gelu(self.dense(states[masked])))
+        hidden = self.norm(functional.gelu(self.dense(self.states(ids, attention)[masked])))
         scores: Tensor = self.decoder(hidden)
         return scores
 
@@ -61,24 +114,21 @@ class MaskedLanguageModel(nn.Module):
         return {
             name: value.detach().clone()
             for name, value in self.state_dict().items()
-            if not name.startswith("encoder.")
+            if not name.startswith(self.base_model_prefix + ".")
         }
 
 
-class Classifier(nn.Module):
+class Classifier(WithHead):
     """An encoder with a linear classifier on the mean of its last states.
 
     Args:
         encoder: a Hugging Face encoder.
-        hidden: its hidden size.
         classes: number of labels.
     """
 
-    base_model_prefix = "encoder"
-
-    def __init__(self, encoder: nn.Module, hidden: int, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
+    def __init__(self, encoder: nn.Module, classes: int) -> None:
+        super().__init__(encoder)
+        hidden: int = encoder.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
         self.classifier = nn.Linear(hidden, classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
@@ -93,9 +143,8 @@ class Classifier(nn.Module):
         Returns:
             Logits [batch, classes].
         """
-        states = self.encoder(input_ids=ids, attention_mask=attention).last_hidden_state
         weight = attention[..., None].float()
-        mean = (states.float() * weight).sum(1) / weight.sum(1)
+        mean = (self.states(ids, attention).float() * weight).sum(1) / weight.sum(1)
         scores: Tensor = self.classifier(mean * POOLED_SCALE)
         return scores
 

@@ -16,6 +16,8 @@ LABELS: Mapping[str, str] = {
     "source_full": "English, held out: full fine-tuning",
 }
 """Rows of the result, in order."""
+TITLES: Mapping[str, str] = {"intents": "Intents, accuracy", "slots": "Slots, F1"}
+"""What a task's scores are."""
 COLOURS: Mapping[str, str] = {
     "task": "#8c8c8c",
     "language+task": "#1b7837",
@@ -39,11 +41,11 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def accuracy_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, list[str]]]:
-    """Row, label, mean accuracy and accuracy of each seed, in percent, of the rows there are."""
+def score_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, list[str]]]:
+    """Row, label, mean score and score of each seed, in percent, of the rows there are."""
     rows = []
     for row in LABELS:
-        values = [100 * run["accuracy"][row] for run in results["runs"] if row in run["accuracy"]]
+        values = [100 * run["scores"][row] for run in results["runs"] if row in run["scores"]]
         if values:
             rows.append(
                 (row, row_label(row, results), f"{mean(values):.1f}", [f"{v:.1f}" for v in values])
@@ -63,12 +65,12 @@ def size_text(n_bytes: float) -> str:
 def verdict(results: Mapping[str, Any]) -> str:
     """One sentence on what the numbers show, whichever way they fall."""
     runs = results["runs"]
-    gain = [100 * (r["accuracy"]["language+task"] - r["accuracy"]["task"]) for r in runs]
-    over = [100 * (r["accuracy"]["language+task"] - r["accuracy"]["control+task"]) for r in runs]
+    gain = [100 * (r["scores"]["language+task"] - r["scores"]["task"]) for r in runs]
+    over = [100 * (r["scores"]["language+task"] - r["scores"]["control+task"]) for r in runs]
     seeds = f" (mean of {len(runs)} seeds)" if len(runs) > 1 else ""
     errors = results["standard_errors"]
     return (
-        f"Adding the {results['language']} SFT to the task SFT changes accuracy by "
+        f"Adding the {results['language']} SFT to the task SFT changes {results['metric']} by "
         f"{mean(gain):+.1f} ± {100 * errors['task']:.1f} points{seeds}; it is "
         f"{mean(over):+.1f} ± {100 * errors['control+task']:.1f} points from what the "
         f"{results['control']} SFT gives. ± is one standard error of the difference, by template: "
@@ -80,28 +82,42 @@ def verdict(results: Mapping[str, Any]) -> str:
 def next_commands(results: Mapping[str, Any]) -> list[str]:
     """Commands a reader may try next."""
     files = results["runs"][0]["files"]
+    task, language = results["task"], results["language"]
     commands = [f"sparse-ft info {files['language']}"]
     if len(results["runs"]) < 3:
-        commands.append(f"sparse-ft quickstart --language {results['language']} --seeds 3")
-    other = "cy" if results["language"] != "cy" else "is"
-    commands.append(f"sparse-ft quickstart --language {other}")
+        commands.append(f"sparse-ft quickstart --task {task} --language {language} --seeds 3")
+    different = "slots" if task == "intents" else "intents"
+    commands.append(f"sparse-ft quickstart --task {different} --language {language}")
+    other = "cy" if language != "cy" else "is"
+    commands.append(f"sparse-ft quickstart --task {task} --language {other}")
     return commands
 
 
 def python_snippet(results: Mapping[str, Any]) -> str:
     """Code that loads and composes the files of the first seed."""
     files = results["runs"][0]["files"]
+    name, output = results["task"], results["output"]
+    predict = {
+        "intents": [
+            '    batch = tokenizer(["a sentence"], return_tensors="pt")',
+            '    scores = model(batch["input_ids"], batch["attention_mask"])',
+            "    print(labels[int(scores.argmax())])",
+        ],
+        "slots": [
+            '    batch = tokenizer(["a sentence"], return_tensors="pt")',
+            "    print([labels[i] for i in model(**batch).logits[0].argmax(-1)])",
+        ],
+    }
     return "\n".join(
         [
             "import sparse_ft as sf",
-            "from sparse_ft.quickstart import load_classifier",
-            f'model, tokenizer, intents = load_classifier("{results["output"]}")',
+            "from sparse_ft.quickstart import load_model",
+            f'model, tokenizer, labels = load_model("{output}", "{name}")',
             f'task = sf.SparseDelta.load("{files["task"]}")',
             f'language = sf.SparseDelta.load("{files["language"]}")',
             f"with sf.compose(model, [task, language], [1.0, {results['language_weight']:g}], "
             "heads=task):",
-            '    batch = tokenizer(["a sentence"], return_tensors="pt")',
-            '    print(intents[int(model(batch["input_ids"], batch["attention_mask"]).argmax())])',
+            *predict[name],
         ]
     )
 
@@ -116,13 +132,14 @@ def show(results: Mapping[str, Any], console: Any) -> None:
     from rich.table import Table
 
     seeds = [str(run["seed"]) for run in results["runs"]]
-    table = Table(title=f"Intent accuracy in {results['language']}, %", title_justify="left")
+    title = f"{TITLES[results['task']]} in {results['language']}, %"
+    table = Table(title=title, title_justify="left")
     table.add_column("model")
-    table.add_column("mean" if len(seeds) > 1 else "accuracy", justify="right")
+    table.add_column("mean" if len(seeds) > 1 else results["metric"], justify="right")
     if len(seeds) > 1:
         for seed in seeds:
             table.add_column(f"seed {seed}", justify="right")
-    for _, label, average, each in accuracy_rows(results):
+    for _, label, average, each in score_rows(results):
         table.add_row(label, average, *(each if len(seeds) > 1 else []))
     console.print(table)
 
@@ -151,10 +168,10 @@ def show(results: Mapping[str, Any], console: Any) -> None:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draw the accuracies as bars, one dot per seed, to a PNG file."""
+    """Draw the scores as bars, one dot per seed, to a PNG file."""
     from matplotlib.figure import Figure
 
-    rows = accuracy_rows(results)
+    rows = score_rows(results)
     figure = Figure(figsize=(7.5, 0.55 * len(rows) + 1.3), layout="constrained")
     axes = figure.subplots()
     for i, (row, _, average, each) in enumerate(rows):
@@ -164,7 +181,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [label for _, label, _, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy, %")
-    axes.set_title(f"Intents, English → {results['language']}", loc="left", fontsize=11)
+    axes.set_xlabel(f"{results['metric']}, %")
+    title = f"{results['task'].capitalize()}, English → {results['language']}"
+    axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, metadata={"Software": None})

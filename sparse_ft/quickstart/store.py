@@ -21,18 +21,19 @@ class Store:
 
     Args:
         folder: where the records lie; created when missing.
-        fresh: ignore the records that are there.
+        fresh: ignore the records that are there, other than this object's own.
     """
 
     def __init__(self, folder: Path, fresh: bool = False) -> None:
         self.folder = folder
         self.fresh = fresh
+        self._put: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str, key: str) -> dict[str, Any] | None:
         """The record of a step, or None when the step has yet to run or left damaged files."""
         path = self._path(name, key)
-        if self.fresh or not path.is_file():
+        if (self.fresh and path not in self._put) or not path.is_file():
             return None
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -48,6 +49,7 @@ class Store:
         record["files"] = {str(f.relative_to(root)): _digest(f) for f in files}
         path = self._path(name, key)
         write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+        self._put.add(path)
         return record
 
     def _path(self, name: str, key: str) -> Path:

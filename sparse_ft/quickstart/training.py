@@ -1,24 +1,35 @@
-"""Training of the quickstart: stage 0, language SFTs, task SFT; batches, masking, evaluation."""
+"""Training of the quickstart: recipes, batches, and stage 0, language and task SFTs by `Loop`."""
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Sampler
 
+from ..compose import compose
 from ..delta import SparseDelta
 from ..families import freeze_norms
+from ..loop import Loop
 from ..lottery import LotteryTicket, Phase
-from .models import Classifier, MaskedLanguageModel, pad
+from ..snapshot import snapshot
+from ..tasks.lm import mask_pieces
+from .models import MaskedLanguageModel, pad
 
-Tick = Callable[[float], None]
+if TYPE_CHECKING:
+    from .tasks import LabelledTask
+
+Tick = Callable[[float | None], None]
 """Called after each training step with its loss."""
 Rows = Sequence[list[int]]
+SAVE_EVERY = 50
+"""Steps from one stored state to the next."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Recipe:
         batch: sentences in a batch.
         masked: share of the pieces masked.
         language_weight: weight of the language SFTs in compositions.
-        language_density, task_density: share of the encoder's entries (norms excluded) selected.
+        language_density: share of the encoder's entries (norms excluded) selected.
         language_l1: λ of the L1 term in language SFTs.
         warm_up: share of the steps over which the learning rate rises; it falls to 0 after.
     """
@@ -47,34 +58,52 @@ class Recipe:
     language_density: float = 0.08
     language_l1: float = 0.1
     language_weight: float = 0.5
-    task_full_steps: int = 60
-    task_sparse_steps: int = 80
-    task_full_lr: float = 2e-4
-    task_sparse_lr: float = 4e-4
-    task_density: float = 0.08
     max_grad_norm: float = 1.0
     warm_up: float = 0.1
 
-    def scaled(self, share: float) -> Recipe:
-        """The same recipe with all step counts multiplied by `share`."""
-        steps = {k: max(2, int(v * share)) for k, v in vars(self).items() if k.endswith("_steps")}
-        return Recipe(**{**vars(self), **steps})
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """Hyper-parameters of a task SFT.
+
+    Attributes:
+        density: share of the encoder's entries (norms excluded) selected.
+    """
+
+    full_steps: int = 60
+    sparse_steps: int = 80
+    full_lr: float = 2e-4
+    sparse_lr: float = 4e-4
+    density: float = 0.08
+
+
+def shortened(recipe: Any, share: float) -> Any:
+    """The same recipe with all step counts multiplied by `share`."""
+    steps = {k: max(2, int(v * share)) for k, v in vars(recipe).items() if k.endswith("_steps")}
+    return replace(recipe, **steps)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What the trainers need to know of the vocabulary.
+    """What the masked-language model needs to know of the vocabulary.
 
     Attributes:
         pad: id of the padding token.
         mask: id of the mask token.
+        vocabulary: how many ids there are.
         predicted: int64 [classes], ascending: the input ids that occur in text, the classes of the
             masked-language head.
     """
 
     pad: int
     mask: int
+    vocabulary: int
     predicted: Tensor
+
+    def classes(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes of ids, and where an id has one: int64 and bool, the shape of `ids`."""
+        classes = torch.searchsorted(self.predicted, ids).clamp_(max=len(self.predicted) - 1)
+        return classes, self.predicted[classes] == ids
 
 
 def derived_seed(*parts: object) -> int:
@@ -82,173 +111,178 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
 
 
-def native_precision() -> torch.dtype:
-    """bfloat16 where this processor multiplies it in hardware, else float32."""
+def native_precision() -> str | None:
+    """ "bf16" where this processor multiplies bfloat16 in hardware, else None: float32."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if supported() else torch.float32
+    return "bf16" if supported() else None
 
 
-def batches(rows: Rows, size: int, steps: int, seed: int) -> list[list[int]]:
-    """Row numbers of `steps` batches: shuffled passes, rows of similar length together."""
-    rng = random.Random(seed)
-    out: list[list[int]] = []
-    size = min(size, len(rows))
-    while len(out) < steps:
-        order = list(range(len(rows)))
-        rng.shuffle(order)
-        for start in range(0, len(order), 8 * size):
-            window = sorted(order[start : start + 8 * size], key=lambda i: len(rows[i]))
-            cut = [window[i : i + size] for i in range(0, len(window), size)]
-            rng.shuffle(cut)
-            out += [b for b in cut if len(b) == size]
-    return out[:steps]
+def by_length(rows: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Rows in batches of similar length; the last one may be smaller."""
+    order = sorted(rows, key=lambda i: lengths[i])
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def mask_rows(
-    ids: Tensor, pieces: Pieces, share: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask pieces as BERT does: 80 % mask token, 10 % another piece, 10 % unchanged.
+class ByLength(Sampler[list[int]]):
+    """Batches of rows of similar length, shuffled anew from torch's random state each time.
 
     Args:
-        ids: int64 [batch, length].
-        pieces: the vocabulary.
-        share: share of the pieces that is masked, in (0, 1); at least one is.
-        generator: the source of choices.
-
-    Returns:
-        Masked ids, the masked positions (bool, same shape), their classes (int64).
+        lengths: of the rows.
+        size: rows in a batch; what is left over is left out.
     """
-    classes = torch.searchsorted(pieces.predicted, ids).clamp_(max=len(pieces.predicted) - 1)
-    text = pieces.predicted[classes] == ids
-    drawn = torch.rand(ids.shape, generator=generator).masked_fill_(~text, 2.0)
-    masked = (drawn < share) | (drawn == drawn.min())
-    action = torch.rand(ids.shape, generator=generator)
-    random_ids = pieces.predicted[
-        torch.randint(len(pieces.predicted), ids.shape, generator=generator)
-    ]
-    noisy = torch.where(masked & (action < 0.8), pieces.mask, ids)
-    noisy = torch.where(masked & (action >= 0.9), random_ids, noisy)
-    return noisy, masked, classes[masked]
+
+    def __init__(self, lengths: Sequence[int], size: int) -> None:
+        self.lengths = lengths
+        self.size = min(size, len(lengths))
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(len(self.lengths)).tolist()
+        for start in range(0, len(order), 8 * self.size):
+            found = by_length(order[start : start + 8 * self.size], self.lengths, self.size)
+            for i in torch.randperm(len(found)).tolist():
+                if len(found[i]) == self.size:
+                    yield found[i]
+
+
+def batches(
+    lengths: Sequence[int], size: int, collate: Callable[[list[int]], dict[str, Tensor]]
+) -> DataLoader[int]:
+    """A loader of batches of rows of similar length.
+
+    Args:
+        lengths: of the rows.
+        size: rows in a batch.
+        collate: from row numbers to a batch.
+    """
+    rows: Any = range(len(lengths))
+    return DataLoader(rows, batch_sampler=ByLength(lengths, size), collate_fn=collate)
+
+
+def masked_batches(rows: Rows, pieces: Pieces, recipe: Recipe) -> DataLoader[int]:
+    """Batches for a `MaskedLanguageModel`, masked anew each time."""
+
+    def collate(chosen: list[int]) -> dict[str, Tensor]:
+        ids, attention = pad([rows[i] for i in chosen], pieces.pad)
+        _, text = pieces.classes(ids)
+        noisy, wanted = mask_pieces(ids, ~text, recipe.masked, pieces.mask, pieces.vocabulary)
+        masked = wanted >= 0
+        classes, _ = pieces.classes(wanted[masked])
+        return {"ids": noisy, "attention": attention, "masked": masked, "classes": classes}
+
+    return batches([len(row) for row in rows], recipe.batch, collate)
+
+
+def masked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The mean loss of the masked pieces."""
+    scores = model(batch["ids"], batch["attention"], batch["masked"])
+    return functional.cross_entropy(scores.float(), batch["classes"])
 
 
 def log_frequencies(rows: Rows, pieces: Pieces) -> Tensor:
     """Logarithms of the smoothed shares of the pieces in text, float32 [classes]."""
-    ids = torch.tensor([i for row in rows for i in row])
-    classes = torch.searchsorted(pieces.predicted, ids).clamp_(max=len(pieces.predicted) - 1)
-    text = pieces.predicted[classes] == ids
+    classes, text = pieces.classes(torch.tensor([i for row in rows for i in row]))
     counts = torch.bincount(classes[text], minlength=len(pieces.predicted)) + 0.1
     return (counts / counts.sum()).log()
 
 
-def _clip(parameters: list[nn.Parameter], max_norm: float) -> Callable[..., None]:
-    """A step hook that clips the norm of the gradients."""
+@dataclass(frozen=True)
+class Setup:
+    """What all steps of a quickstart share.
 
-    def clip(*_: object) -> None:
-        nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    return clip
-
-
-class Trainer:
-    """Runs the recipe's steps; a training function for `LotteryTicket` is one of its closures.
-
-    Args:
+    Attributes:
         recipe: hyper-parameters.
-        pieces: the vocabulary.
-        precision: data type of the matrix products (weights stay float32).
+        precision: of the matrix products (weights stay float32): "bf16" or None.
     """
 
-    def __init__(self, recipe: Recipe, pieces: Pieces, precision: torch.dtype) -> None:
-        self.recipe = recipe
-        self.pieces = pieces
-        self.precision = precision
+    recipe: Recipe
+    precision: str | None
 
     def autocast(self) -> torch.autocast:
-        """The context in which models run."""
-        enabled = self.precision != torch.float32
-        return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+        """The context in which models are tested."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision is not None)
 
-    def _loop(
+    def loop(
         self,
-        optimizer: torch.optim.Optimizer,
-        steps: Iterable[list[int]],
-        count: int,
-        loss_of: Callable[[list[int]], Tensor],
+        loader: DataLoader[int],
+        loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+        full: int,
+        sparse: int,
+        lr: tuple[float, float],
+        seed: int,
         tick: Tick,
-    ) -> float:
-        """Train; linear warm-up, linear decay. Returns the mean loss of the last fifth."""
-        rise = max(1, int(self.recipe.warm_up * count))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min((i + 1) / rise, 1.0) * (1 - i / count)
-        )
-        losses = []
-        for batch in steps:
-            loss = loss_of(batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(float(loss.detach()))
-            tick(losses[-1])
-        tail = losses[-max(1, count // 5) :]
-        return sum(tail) / len(tail)
+    ) -> Loop:
+        """The training loop of both phases."""
 
-    def _masked_loss(
-        self, model: MaskedLanguageModel, rows: Rows, seed: int
-    ) -> Callable[[list[int]], Tensor]:
-        generator = torch.Generator().manual_seed(seed)
+        def shown(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            value = loss(model, batch)
+            tick(float(value.detach()))
+            return value
 
-        def loss_of(batch: list[int]) -> Tensor:
-            ids, attention = pad([rows[i] for i in batch], self.pieces.pad)
-            noisy, masked, classes = mask_rows(ids, self.pieces, self.recipe.masked, generator)
-            with self.autocast():
-                scores = model(noisy, attention, masked)
-            return functional.cross_entropy(scores.float(), classes)
+        return Loop(
+            loader, full, sparse, shown, lr, warmup=self.recipe.warm_up, seed=seed,
+            max_grad_norm=self.recipe.max_grad_norm, precision=self.precision,
+        )  # fmt: skip
 
-        return loss_of
+    def stage0(
+        self,
+        encoder: nn.Module,
+        pieces: Pieces,
+        rows: Rows,
+        seed: int,
+        folder: Path,
+        tick: Tick,
+    ) -> MaskedLanguageModel:
+        """Give an encoder a masked-language head and adapt first the head, then both.
 
-    def stage0(self, encoder: nn.Module, rows: Rows, seed: int, tick: Tick) -> MaskedLanguageModel:
-        """Give an encoder a masked-language head and adapt both, densely.
+        Both are sparse phases that select every entry, so a run that was killed continues.
 
         Args:
             encoder: the encoder; changed in place.
+            pieces: the vocabulary.
             rows: id rows of the text, target and control language not among them.
             seed: of head, masks and order.
+            folder: for the state.
             tick: called after each step.
         """
         recipe = self.recipe
         torch.manual_seed(derived_seed(seed, "head"))
-        model = MaskedLanguageModel(encoder, self.pieces.predicted)
+        model = MaskedLanguageModel(encoder, pieces.predicted)
         with torch.no_grad():
-            model.decoder.bias.copy_(log_frequencies(rows, self.pieces))
+            model.decoder.bias.copy_(log_frequencies(rows, pieces))
         freeze_norms(encoder)
-        trainable = [p for p in encoder.parameters() if p.requires_grad]
-        head = [
-            p for name, p in model.named_parameters()
-            if p.requires_grad and not name.startswith("encoder.")
-        ]  # fmt: skip
+        body = [p for p in encoder.parameters() if p.requires_grad]
+        loader = masked_batches(rows, pieces, recipe)
         parts = [
-            ("head", head, recipe.stage0_head_steps, recipe.stage0_head_lr),
-            ("all", trainable + head, recipe.stage0_steps, recipe.stage0_lr),
+            ("head", recipe.stage0_head_steps, recipe.stage0_head_lr),
+            ("all", recipe.stage0_steps, recipe.stage0_lr),
         ]
-        for part, parameters, count, lr in parts:
-            for parameter in trainable:
+        for part, steps, lr in parts:
+            for parameter in body:
                 parameter.requires_grad_(part == "all")
-            optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
-            optimizer.register_step_pre_hook(_clip(parameters, recipe.max_grad_norm))
-            steps = batches(rows, recipe.batch, count, derived_seed(seed, part, "order"))
-            loss_of = self._masked_loss(model, rows, derived_seed(seed, part, "masks"))
-            self._loop(optimizer, steps, count, loss_of, tick)
+            tuned = {name for name, p in model.named_parameters() if p.requires_grad}
+            ticket = LotteryTicket(model, density=1.0, eligible=tuned, criterion="random")
+            loop = self.loop(
+                loader, masked_loss, steps, steps, (lr, lr), derived_seed(seed, part), tick
+            )
+            delta = ticket.fit(loop, folder / part, SAVE_EVERY, progress=False)
+            with compose(model, delta):
+                values = snapshot(model)
+            values.restore(model)
         return model
 
     def language_sft(
         self,
         model: MaskedLanguageModel,
+        pieces: Pieces,
         language: str,
         rows: Rows,
         seed: int,
+        folder: Path,
         tick: Tick,
-    ) -> tuple[SparseDelta, dict[str, float]]:
+    ) -> SparseDelta:
         """Learn a language SFT from unlabelled text: full tuning, selection, sparse tuning.
 
         The head starts from the frequencies of the language's pieces: what the encoder then learns
@@ -256,91 +290,74 @@ class Trainer:
 
         Args:
             model: encoder and head of stage 0.
+            pieces: the vocabulary.
             language: code of the language.
             rows: id rows of its text.
             seed: of masks and order.
+            folder: for the state.
             tick: called after each step.
 
         Returns:
-            φ, its masked-language head left out, and the training losses of both phases.
+            φ, its masked-language head left out.
         """
         recipe = self.recipe
-        losses: dict[str, float] = {}
+        freeze_norms(model.encoder)
         with torch.no_grad():
-            model.decoder.bias.copy_(log_frequencies(rows, self.pieces))
-
-        def train(phase: Phase) -> None:
-            full = phase.name == "full"
-            count = recipe.language_full_steps if full else recipe.language_sparse_steps
-            lr = recipe.language_full_lr if full else recipe.language_sparse_lr
-            optimizer = phase.optimizer(lr=lr, weight_decay=0.0, max_grad_norm=recipe.max_grad_norm)
-            name = f"{language} {phase.name}"
-            steps = batches(rows, recipe.batch, count, derived_seed(seed, name, "order"))
-            loss_of = self._masked_loss(model, rows, derived_seed(seed, name, "masks"))
-            losses[phase.name] = self._loop(optimizer, steps, count, loss_of, tick)
-
+            model.decoder.bias.copy_(log_frequencies(rows, pieces))
+        loop = self.loop(
+            masked_batches(rows, pieces, recipe),
+            masked_loss,
+            recipe.language_full_steps,
+            recipe.language_sparse_steps,
+            (recipe.language_full_lr, recipe.language_sparse_lr),
+            derived_seed(seed, language),
+            tick,
+        )
         ticket = LotteryTicket(
             model, density=recipe.language_density, l1=recipe.language_l1, seed=seed
         )
-        delta = ticket.fit(train, role="language", lang=language)
-        return SparseDelta(delta.support, delta.val, None, delta.meta), losses
+        delta = ticket.fit(loop, folder, SAVE_EVERY, progress=False, role="language", lang=language)
+        return SparseDelta(delta.support, delta.val, None, delta.meta)
 
     def task_sft(
         self,
-        model: Classifier,
-        rows: Rows,
-        labels: Sequence[int],
+        task: LabelledTask,
+        model: nn.Module,
         seed: int,
+        folder: Path,
         tick: Tick,
         after_full: Callable[[], None],
-    ) -> tuple[SparseDelta, dict[str, float]]:
-        """Learn the task SFT from labelled sentences of the source language.
+    ) -> SparseDelta:
+        """Learn a task SFT from labelled sentences of the source language.
 
         Args:
-            model: the classifier over the base encoder.
-            rows: id rows of the sentences.
-            labels: their labels.
+            task: what is learnt.
+            model: the base encoder with the task's head.
             seed: of the order.
+            folder: for the state.
             tick: called after each step.
             after_full: called with the fully tuned model in place.
 
         Returns:
-            φ with its classifier, and the training losses of both phases.
+            φ with its head.
         """
-        recipe = self.recipe
-        target = torch.tensor(list(labels))
-        losses: dict[str, float] = {}
-
-        def loss_of(batch: list[int]) -> Tensor:
-            ids, attention = pad([rows[i] for i in batch], self.pieces.pad)
-            with self.autocast():
-                scores = model(ids, attention)
-            return functional.cross_entropy(scores.float(), target[torch.tensor(batch)])
+        recipe = task.recipe
+        freeze_norms(model)
+        loop = self.loop(
+            task.batches(self.recipe.batch),
+            task.loss,
+            recipe.full_steps,
+            recipe.sparse_steps,
+            (recipe.full_lr, recipe.sparse_lr),
+            derived_seed(seed, task.name),
+            tick,
+        )
 
         def train(phase: Phase) -> None:
-            full = phase.name == "full"
-            count = recipe.task_full_steps if full else recipe.task_sparse_steps
-            lr = recipe.task_full_lr if full else recipe.task_sparse_lr
-            optimizer = phase.optimizer(lr=lr, weight_decay=0.0, max_grad_norm=recipe.max_grad_norm)
-            order = derived_seed(seed, "task", phase.name)
-            steps = batches(rows, recipe.batch, count, order)
-            losses[phase.name] = self._loop(optimizer, steps, count, loss_of, tick)
-            if full:
+            loop(phase)
+            if phase.name == "full":
                 after_full()
 
-        ticket = LotteryTicket(model, density=recipe.task_density, seed=seed)
-        return ticket.fit(train, role="task", task="intents", lang="en"), losses
-
-    @torch.inference_mode()
-    def correct(self, model: Classifier, rows: Rows, labels: Sequence[int]) -> list[bool]:
-        """Which rows the classifier labels correctly, in their order."""
-        out = [False] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), 64):
-            chosen = order[start : start + 64]
-            ids, attention = pad([rows[i] for i in chosen], self.pieces.pad)
-            with self.autocast():
-                scores = model(ids, attention)
-            for i, label in zip(chosen, scores.argmax(1).tolist(), strict=True):
-                out[i] = label == labels[i]
-        return out
+        ticket = LotteryTicket(model, density=recipe.density, seed=seed)
+        meta = {"role": "task", "task": task.name, "lang": "en"}
+        return ticket.fit(train, folder, SAVE_EVERY, progress=False, **meta)

@@ -143,6 +143,24 @@ class TokenClassification(Task):
         tokenizer: Any,
         batch_size: int = 32,
     ) -> dict[str, float]:
+        predicted = self.predict(model, features, examples, tokenizer, batch_size)
+        gold = [example[self.tags] for example in examples]
+        flat = [tag for tags in gold for tag in tags]
+        scores = {"accuracy": accuracy([tag for tags in predicted for tag in tags], flat)}
+        if self.metric == "f1":
+            self._check_prefixes({*flat}, source_of(examples))
+            scores |= entity_f1(predicted, gold, self.scheme)
+        return {**scores, "n": float(len(flat))}
+
+    def predict(
+        self,
+        model: nn.Module,
+        features: Features,
+        examples: Sequence[dict[str, Any]],
+        tokenizer: Any,
+        batch_size: int = 32,
+    ) -> list[list[str]]:
+        """The label that a model gives to each word of each example; arguments as of `evaluate`."""
         names = head_labels(model)
         device = next(model.parameters()).device
         predicted = [[""] * len(example[self.tokens]) for example in examples]
@@ -157,13 +175,7 @@ class TokenClassification(Task):
                     feature = features[i]
                     for word, label in zip(feature["words"], said, strict=True):
                         predicted[feature["example"]][word] = label
-        gold = [example[self.tags] for example in examples]
-        flat = [tag for tags in gold for tag in tags]
-        scores = {"accuracy": accuracy([tag for tags in predicted for tag in tags], flat)}
-        if self.metric == "f1":
-            self._check_prefixes({*flat}, source_of(examples))
-            scores |= entity_f1(predicted, gold, self.scheme)
-        return {**scores, "n": float(len(flat))}
+        return predicted
 
 
 class Words:
