@@ -240,6 +240,9 @@ def _from_full(base: Criterion, path: Path) -> Criterion:
 
     The file is written before a selection from it counts, so that it is there for all the others.
     """
+    rank = base.choose
+    if rank is None:
+        raise ValueError(f'density_sweep: criterion "{base.name}" fixes its entries; it ranks none')
 
     def choose(candidates: Candidates) -> Choice:
         if not path.exists():
@@ -249,11 +252,9 @@ def _from_full(base: Criterion, path: Path) -> Criterion:
         with safe_open(path, framework="pt", device=str(candidates.device)) as file:
             current = [file.get_tensor(name) for name in candidates.names]
         # Without what `select` would check: beyond the entries that moved, the others fill up.
-        idx, ptr, _, told = base.choose(replace(candidates, current=current))
+        idx, ptr, _, told = rank(replace(candidates, current=current))
         return idx, ptr, None, told
 
-    if base.choose is None:
-        raise ValueError(f'density_sweep: criterion "{base.name}" fixes its entries; it ranks none')
     return replace(base, choose=choose, needs_training=base.needs_training and not path.exists())
 
 

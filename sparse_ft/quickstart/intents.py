@@ -21,7 +21,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import permutations
 from pathlib import Path
@@ -37,12 +37,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "floor": ("Alpha", "Beta", "Gamma", "Delta"),
 }
 """Values of the slots that a household fills itself: names that belong to no one language."""
-NEW_NAMES: Mapping[str, tuple[str, ...]] = {
-    "area": ("Gallery", "Bistro", "Kiosk", "Rotunda", "Arcade", "Bungalow", "Pavilion", "Sauna"),
-    "name": ("Sirius", "Titan", "Phoenix", "Rigel", "Castor", "Pollux", "Hermes", "Apollo"),
-    "floor": ("Omega", "Sigma", "Kappa", "Zenith"),
-}
-"""Others, as many of each, that no training sees: only their context tells which slot they fill."""
 
 
 class TemplateError(ValueError):
@@ -217,20 +211,13 @@ class Language:
     Args:
         code: the language's code in `home-assistant-intents`, such as ``lb``.
         data: the content of its file, read from the installed package when None.
-        names: values of the slots that a household fills itself.
 
     Raises:
         QuickstartError: the package is not installed or has no such language.
     """
 
-    def __init__(
-        self,
-        code: str,
-        data: Mapping[str, Any] | None = None,
-        names: Mapping[str, Sequence[str]] = NAMES,
-    ) -> None:
+    def __init__(self, code: str, data: Mapping[str, Any] | None = None) -> None:
         self.code = code
-        self.names = names
         self.data = _load(code) if data is None else data
         self.rules = {k: parse(v) for k, v in self.data.get("expansion_rules", {}).items()}
         self.lists: Mapping[str, Any] = self.data.get("lists", {})
@@ -250,7 +237,7 @@ class Language:
         match node:
             case Slot(name):
                 free = self.lists.get(name, {"wildcard": True}).get("wildcard")
-                return name in self.names or not free
+                return name in NAMES or not free
             case Rule(name):
                 return (
                     name in self.rules and depth < 20 and self._closed(self.rules[name], depth + 1)
@@ -296,8 +283,8 @@ class Language:
         raise TypeError(f"not a template node: {node!r}")
 
     def _value(self, name: str, rng: random.Random) -> str:
-        if name in self.names:
-            return rng.choice(self.names[name])
+        if name in NAMES:
+            return rng.choice(NAMES[name])
         content = self.lists[name]
         if "range" in content:
             span = content["range"]
@@ -421,6 +408,41 @@ def without_twins(sentences: Sequence[Sentence], held_out: Sequence[Sentence]) -
     return [s for s in sentences if s.skeleton not in skeletons]
 
 
+def made_up_names(count: int) -> list[str]:
+    """Different names of two or three syllables that belong to no language, the same every time."""
+    rng = random.Random("names")
+    names: dict[str, None] = {}
+    while len(names) < count:
+        syllables = range(rng.choice((2, 3)))
+        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in syllables)
+        names[word.capitalize()] = None
+    return list(names)
+
+
+def rename(
+    sentences: Sequence[Sentence], names: Sequence[str], rng: random.Random
+) -> list[Sentence]:
+    """Put other names into the slots that a household fills itself.
+
+    One name may fill any of these slots, so that only the context tells which.
+
+    Args:
+        sentences: sentences with `NAMES`.
+        names: what to put in place of those.
+        rng: the source of choices.
+    """
+    out = []
+    for sentence in sentences:
+        words = sentence.text.split()
+        for i, tag in enumerate(sentence.tags):
+            for value in NAMES.get(tag[2:], ()):
+                if value in words[i]:
+                    words[i] = words[i].replace(value, rng.choice(names))
+                    break
+        out.append(replace(sentence, text=" ".join(words)))
+    return out
+
+
 def without_ambiguous(sentences: Sequence[Sentence]) -> list[Sentence]:
     """Drop the sentences whose skeleton was drawn under more than one intent."""
     intents: dict[str, set[str]] = {}
@@ -448,8 +470,8 @@ class Corpus:
         intents: the labels: intents with two usable templates or more in source and target.
         source: English sentences, split -> sentences ("train", "dev", "test").
         target: sentences of the target language's test templates.
-        renamed: the sentences of `source["test"]` and of `target` with `NEW_NAMES`, under "source"
-            and "target".
+        renamed: the sentences of `source["train"]`, `source["test"]` and `target` with made-up
+            names, under "train", "source" and "target"; no name of "train" is in the others.
         unlabelled: language -> texts from the templates that are not held out.
         languages: target and control language codes.
     """
@@ -465,7 +487,7 @@ class Corpus:
     def texts(self) -> list[str]:
         """All texts, each once."""
         labelled = [*self.source["train"], *self.source["dev"], *self.source["test"], *self.target]
-        labelled += [*self.renamed["source"], *self.renamed["target"]]
+        labelled += [s for sentences in self.renamed.values() for s in sentences]
         free = [text for texts in self.unlabelled.values() for text in texts]
         return list(dict.fromkeys([s.text for s in labelled] + free))
 
@@ -507,15 +529,16 @@ def build_corpus(
             f"{SOURCE!r}; the quickstart needs 3. Try lb, cy, is, ga, af or eu"
         )
 
-    def held_out(language: Language, split: str) -> list[Sentence]:
-        rng = random.Random(f"{language.code} {split}")
-        templates = splits[language.code].get(split, {})
+    def held_out(code: str, split: str, per_intent: int, per_template: int) -> list[Sentence]:
+        rng = random.Random(f"{code} {split}")
+        templates = splits[code].get(split, {})
         return without_ambiguous(
-            sample_split(language, templates, sizes.test_per_intent, sizes.test_per_template, rng)
+            sample_split(languages[code], templates, per_intent, per_template, rng)
         )
 
-    test = {code: held_out(language, "test") for code, language in languages.items()}
-    dev = held_out(languages[SOURCE], "dev")
+    test = {code: held_out(code, "test", sizes.test_per_intent, sizes.test_per_template)
+            for code in codes}  # fmt: skip
+    dev = held_out(SOURCE, "dev", sizes.test_per_intent, sizes.test_per_template)
     secret = [s for sentences in test.values() for s in sentences]
 
     def labelled(sentences: Sequence[Sentence]) -> list[Sentence]:
@@ -537,8 +560,11 @@ def build_corpus(
         rng.shuffle(texts)
         unlabelled[code] = texts[: sizes.unlabelled]
     source = {"train": labelled(train), "dev": labelled(dev), "test": labelled(test[SOURCE])}
+    tested = labelled(test[target])
+    names = made_up_names(90)
     renamed = {
-        part: labelled(held_out(Language(code, languages[code].data, NEW_NAMES), "test"))
-        for part, code in (("source", SOURCE), ("target", target))
+        "train": rename(source["train"], names[:60], random.Random("train names")),
+        "source": rename(source["test"], names[60:], random.Random("source names")),
+        "target": rename(tested, names[60:], random.Random("target names")),
     }
-    return Corpus(intents, source, labelled(test[target]), renamed, unlabelled, (target, control))
+    return Corpus(intents, source, tested, renamed, unlabelled, (target, control))

@@ -114,9 +114,9 @@ class Slots:
 
     def __init__(self, corpus: Corpus, tokenizer: Any, recipe: TaskRecipe) -> None:
         self.recipe = recipe
-        self.tests = dict(corpus.renamed)
+        self.tests = {part: corpus.renamed[part] for part in ("source", "target")}
         self._task = TokenClassification()
-        self._train = self._examples(corpus.source["train"])
+        self._train = self._examples(corpus.renamed["train"])
         self.labels = self._task.labels(self._train)
         self._tokenizer = tokenizer
 
