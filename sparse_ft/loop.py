@@ -155,6 +155,9 @@ class Loop:
             )
         if self.evaluate is None and (every is not None or self.metric is not None):
             raise ValueError("Loop: evaluate_every and metric need evaluate")
+        _length(self.full), self._length("sparse")
+        if len(self._pair(self.lr)) != 2:
+            raise ValueError(f"Loop: lr must be a number, or a pair (full, sparse), got {self.lr}")
         for name in ("accumulate", "log_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -253,6 +253,7 @@ def test_the_callers_random_state_comes_back():
 KILLED = """
 import os, random, signal, sys, time
 import torch
+import torch._dynamo  # as the first optimizer does, so that no life pays for it
 import sparse_ft as sf
 from tuned import Net, loss_of, noisy, rows
 from torch.utils.data import DataLoader
@@ -263,7 +264,7 @@ torch.set_num_threads(1)
 def run(folder):
     loader = DataLoader(rows(), batch_size=4, shuffle=True, collate_fn=noisy)
     loop = sf.Loop(
-        loader, full=9, sparse=7, loss=loss_of, lr=1e-2, accumulate=2, warmup=0.2, seed=3,
+        loader, full=4, sparse=3, loss=loss_of, lr=1e-2, accumulate=2, warmup=0.2, seed=3,
         evaluate=lambda model: float(model.head.weight.sum()), evaluate_every=2,
     )
     ticket = sf.LotteryTicket(Net(), k=300, l1=0.1, iterations=2)
@@ -289,7 +290,7 @@ for life in range(400):
     child = os.fork()
     if child == 0:
         if how == "disk":
-            dying([chance.randint(1, 30) + life // 20])
+            dying([chance.randint(1, 60)])
         content = run(folder)
         with open(f"{folder}.done", "w") as file:
             file.write(content)
@@ -301,12 +302,13 @@ for life in range(400):
     os.waitpid(child, 0)
 child = os.fork()
 if child == 0:
-    assert open(f"{folder}.done").read() == run(None)
-    os._exit(0)
+    with open(f"{folder}.done") as file:
+        os._exit(file.read() != run(None))
 print(life, os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("how", ["disk", "clock"])
 def test_killed_at_any_moment(how, tmp_path):
@@ -418,28 +420,22 @@ def test_a_run_goes_on_only_with_its_own_settings(change, message, tmp_path):
 
 
 def test_data_that_are_not_those_of_the_run(tmp_path):
-    def attempt(batches, keep=0, die_after=None):
-        train = Plain(batches, die_after)
-        if keep:
-            inner = Plain.__call__
-            train = lambda phase: _with_keep(phase, batches)  # noqa: E731
-            del inner
+    def attempt(batches, die_after=None):
         seed(1)
-        sf.LotteryTicket(Net(), k=300).fit(train, tmp_path, save_every=7)
+        sf.LotteryTicket(Net(), k=300).fit(Plain(batches, die_after), tmp_path, save_every=7)
 
-    def _with_keep(phase, batches):
+    def without_schedule(phase):
         phase.optimizer()
-        for _ in phase.batches(batches, steps=3):
-            pass
+        list(phase.batches(loader(), steps=3))
 
     with pytest.raises(Killed):
         attempt(loader(), die_after=9)
     with pytest.raises(ValueError, match="at batch 7 of an epoch, and the loader has only 3"):
-        attempt([noisy(rows()[:4])] * 3)
+        attempt(fixed(3))
     with pytest.raises(ValueError, match="0 generators, this one 1"):
         attempt(generated())
     with pytest.raises(ValueError, match="1 items in keep, this loop 0"):
-        attempt(loader(), keep=1)
+        sf.LotteryTicket(Net(), k=300).fit(without_schedule, tmp_path)
     attempt(loader())
 
 
@@ -515,8 +511,8 @@ def test_an_sft_that_no_run_made_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "other", "json", "version"])
 def test_a_damaged_folder_is_named(damage, tmp_path):
+    seed(1)
     with pytest.raises(Killed):
-        seed(1)
         sf.LotteryTicket(Net(), k=300).fit(Plain(loader(), 8), tmp_path, save_every=3)
     (state,) = tmp_path.glob("run-state-*")
     path = state
