@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from sparse_ft_kernels import digest, hash_pieces
 
 from .compose import Applied, active
+from .criteria import Criterion, Score, as_criterion
 from .delta import SparseDelta
 from .families import aliases, named_parameters, unusable
 from .files import FILE_NAME
 from .metadata import checked_meta
 from .phases import Learnt, Phase, Shared, TrainingDiverged, cloned, entries, write
 from .runs import Run, random_state, set_random_state
-from .select import Eligible, eligible_parameters, resolve_k, select
+from .select import Eligible, Entries, _union, eligible_parameters, resolve_k, select
 from .snapshot import Snapshot
 from .tiles import Layout, Support
 
@@ -57,12 +58,10 @@ class LotteryTicket:
         l1_heads: Whether that sum holds the heads too, as in the reference implementation.
         eligible: `(name, parameter) -> bool`, or names; default: the trainable parameters of the
             backbone.
-        criterion: As in `sparse_ft.select`. One that needs no training ("random") skips the full
-            phase.
-        exclude: Entries that must not be selected, as in `sparse_ft.select`.
-        include: Entries that must be selected.
+        criterion: As in `sparse_ft.select`. One that needs no training ("random", a given mask)
+            skips the full phase; one that fixes its entries needs no k.
+        exclude, include, tie, fill: As in `sparse_ft.select`.
         seed: For "random".
-        tie: As in `sparse_ft.select`.
         eps: Entries of the result with |φ| ≤ eps are dropped, if eps > 0 (the reference
             implementation: 1e-7).
         snapshot_device: Where to keep the start's values, for instance "cpu".
@@ -82,11 +81,12 @@ class LotteryTicket:
         l1_numel: str | int = "all",
         l1_heads: bool = True,
         eligible: Eligible = None,
-        criterion: Any = "magnitude",
-        exclude: Any = None,
-        include: Any = None,
+        criterion: str | Criterion | Score = "magnitude",
+        exclude: Entries = None,
+        include: Entries = None,
         seed: int = 0,
         tie: str = "index",
+        fill: bool = False,
         eps: float = 0.0,
         snapshot_device: torch.device | str | None = None,
     ) -> None:
@@ -105,7 +105,13 @@ class LotteryTicket:
                 )
             if (name in chosen or parameter.requires_grad) and (reason := unusable(parameter)):
                 raise ValueError(f"LotteryTicket: parameter {name!r} {reason}")
-        self.k = resolve_k(k, density, sum(p.numel() for p in chosen.values()))
+        self.criterion = as_criterion(criterion)
+        # Of a criterion that fixes its entries, K is their number.
+        self._free = k is None and density is None and self.criterion.fixed is not None
+        if self._free:
+            self.k = self._fixed(chosen).nnz
+        else:
+            self.k = resolve_k(k, density, sum(p.numel() for p in chosen.values()))
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"LotteryTicket: iterations must be an integer ≥ 1, got {iterations}")
         if iterations > self.k:
@@ -129,11 +135,11 @@ class LotteryTicket:
         self.l1 = pair
         self.l1_numel = numel
         self.l1_heads = l1_heads
-        self.criterion = criterion
-        self.exclude = exclude
-        self.include = include
+        self.exclude = _listed(exclude)
+        self.include = _listed(include)
         self.seed = seed
         self.tie = tie
+        self.fill = fill
         self.eps = eps
         self.eligible = frozenset(chosen)
         self.snapshot_device = snapshot_device
@@ -264,7 +270,7 @@ class LotteryTicket:
 
         while True:
             if name == "full":
-                if _needs_training(self.criterion):
+                if self.criterion.needs_training:
                     phase().put_best()
                 else:
                     self._rewind(start, learnt)
@@ -285,6 +291,10 @@ class LotteryTicket:
             run.drop("start", "learnt", "state", "best")
             run.commit(done=True)
         return delta
+
+    def _fixed(self, parameters: Mapping[str, nn.Parameter]) -> Support:
+        assert self.criterion.fixed is not None
+        return self.criterion.fixed(Layout.of(parameters))
 
     def _heads(self) -> list[str]:
         parameters = named_parameters(self.model)
@@ -331,26 +341,23 @@ class LotteryTicket:
         share = self.k // self.iterations
         if iteration + 1 == self.iterations:
             share = self.k - iteration * share
-        options = {"include": self.include, "exclude": self.exclude}
-        if learnt is not None:
-            options = {"exclude": _both(self.exclude, learnt.support)}
         chosen = select(
             self.model,
             start,
-            k=share,
+            k=None if self._free else share,
             criterion=self.criterion,
             eligible=self.eligible,
+            # What must be in is so from the first iteration on.
+            include=self.include if learnt is None else None,
+            exclude=self.exclude if learnt is None else [*self.exclude, learnt.support],
             seed=self.seed,
             tie=self.tie,
-            **{key: value for key, value in options.items() if value is not None},
+            fill=self.fill,
         )
         if learnt is None:
             self.support = chosen
             return Learnt(chosen, torch.zeros(chosen.nnz), {})
-        indices = dict(learnt.support)
-        for name, at in chosen:
-            indices[name] = torch.cat([indices[name], at]) if name in indices else at
-        self.support = union = Support.from_indices(chosen.layout, indices).to(chosen.device)
+        self.support = union = _union(chosen.layout, [learnt.support, chosen], chosen.device)
         values = torch.zeros(union.nnz)
         for name, at in learnt.support:
             # Both ascend, so an entry's place in the union is found by bisection.
@@ -362,11 +369,13 @@ class LotteryTicket:
     def _settings(self, train: Callable[[Phase], Any], meta: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the result of a run, as JSON values."""
         parameters = named_parameters(self.model)
+        eligible = {n: p for n, p in parameters.items() if n in self.eligible}
         return {
             **self._recipe(),
             "l1_numel": self.l1_numel,
             "l1_heads": self.l1_heads,
             "tie": self.tie,
+            "fixed": _fingerprint([self._fixed(eligible)] if self.criterion.fixed else []),
             "exclude": _fingerprint(self.exclude),
             "include": _fingerprint(self.include),
             "meta": dict(meta),
@@ -382,17 +391,13 @@ class LotteryTicket:
         return f"{what}, {role}, values {_hash(parameter)[:16]}"
 
     def _recipe(self) -> dict[str, Any]:
-        recipe = getattr(self.criterion, "recipe", None)
-        name = self.criterion if isinstance(self.criterion, str) else "custom"
-        name = getattr(self.criterion, "name", name)
         return {
-            "method": "RAND-SFT" if name == "random" else "LT-SFT",
-            "criterion": recipe() if callable(recipe) else name,
             "k_requested": self.k,
             "iterations": self.iterations,
             "l1": self.l1[0] if self.l1[0] == self.l1[1] else list(self.l1),
             "eps": self.eps,
             "seed": self.seed,
+            **self.criterion.recipe(),
         }
 
     @torch.no_grad()
@@ -448,16 +453,10 @@ def _check_free(folder: str) -> None:
         )
 
 
-def _needs_training(criterion: Any) -> bool:
-    if isinstance(criterion, str):
-        return criterion != "random"
-    return bool(getattr(criterion, "needs_training", True))
-
-
-def _both(exclude: Any, support: Support) -> Any:
-    if exclude is None:
-        return support
-    return [*exclude, support] if isinstance(exclude, (list, tuple)) else [exclude, support]
+def _listed(entries: Entries) -> list[Support | SparseDelta]:
+    if entries is None:
+        return []
+    return [entries] if isinstance(entries, (Support, SparseDelta)) else list(entries)
 
 
 def _hash(tensor: Tensor) -> str:
@@ -466,12 +465,11 @@ def _hash(tensor: Tensor) -> str:
     return hashlib.sha256(hash_pieces(data).numpy().tobytes()).hexdigest()[:32]
 
 
-def _fingerprint(chosen: Any) -> Any:
-    """A digest of supports, for comparison."""
-    if chosen is None:
-        return None
-    if isinstance(chosen, (list, tuple)):
-        return [_fingerprint(item) for item in chosen]
-    support = getattr(chosen, "support", chosen)
-    parts = {n: _hash(at) for n, at in support}
-    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:32]
+def _fingerprint(entries: Iterable[Support | SparseDelta]) -> list[str]:
+    """Digests of supports, for comparison."""
+    digests = []
+    for item in entries:
+        support = item if isinstance(item, Support) else item.support
+        text = "".join(f"{name} {_hash(at)};" for name, at in support)
+        digests.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+    return digests

@@ -241,7 +241,7 @@ class Phase:
             while self.step < steps:
                 # The state is stored after this batch: its draw has to be repeatable.
                 due = (micro + 1) % accumulate == 0
-                saving = due and self._shared.due(self.step + 1)
+                saving = due and self._shared.due(self.step + 1, steps)
                 batch = data.next(remember=saving)
                 micro += 1
                 self.step_due = due
@@ -539,7 +539,7 @@ class Shared:
 
     Args:
         run: The run; None without a folder.
-        save_every: Steps from one stored state to the next; None stores none inside a phase.
+        save_every: Steps from one stored state to the next; None stores the last of a phase alone.
         progress: Whether to show progress bars.
     """
 
@@ -564,8 +564,11 @@ class Shared:
         """The file of the state inside the phase."""
         return None if self.run is None else self.run.path("state")
 
-    def due(self, step: int) -> bool:
-        return self.run is not None and self.save_every is not None and step % self.save_every == 0
+    def due(self, step: int, last: int) -> bool:
+        """Whether the state is stored after a step: the last one's always is."""
+        if self.run is None:
+            return False
+        return step == last or (self.save_every is not None and step % self.save_every == 0)
 
     def save(self, state: Mapping[str, Any]) -> None:
         assert self.run is not None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import DTYPES, assert_bits
 from torch import Tensor, nn
+from tuned import ELIGIBLE, Net, same, values
 
 import sparse_ft as sf
 from sparse_ft_kernels import native
@@ -19,40 +20,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Net(nn.Module):
-    """A backbone with a norm that keeps running statistics, and a head."""
-
-    base_model_prefix = "body"
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(
-            nn.Linear(20, 50), nn.BatchNorm1d(50), nn.Tanh(), nn.Dropout(0.1), nn.Linear(50, 30)
-        )
-        self.head = nn.Linear(30, 4)
-        self.to(dtype)
-        sf.freeze_norms(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-ELIGIBLE = ("body.0.bias", "body.0.weight", "body.4.bias", "body.4.weight")
-
-
-def values(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t.detach().clone() for n, t in model.state_dict().items()}
-
-
-def same(model: nn.Module, before: dict[str, Tensor]) -> None:
-    for n, t in model.state_dict().items():
-        if t.is_floating_point():
-            assert_bits(t, before[n], n)
-        else:
-            assert torch.equal(t, before[n]), n
 
 
 class Training:
@@ -137,7 +104,13 @@ def test_both_phases(dtype, gather):
 def test_both_phases_have_the_same_settings_by_default():
     ticket = sf.LotteryTicket(Net(), k=10)
     seen = []
-    ticket.fit(lambda phase: seen.append(phase.optimizer().param_groups[0]))
+
+    @torch.no_grad()
+    def train(phase):
+        seen.append(phase.optimizer().param_groups[0])
+        phase.model.body[0].weight += 1
+
+    ticket.fit(train)
     for key in ("lr", "betas", "eps", "weight_decay"):
         assert seen[0][key] == seen[1][key], key
     assert seen[0]["lr"] == 5e-5
@@ -462,6 +435,13 @@ def test_what_cannot_be_tuned_is_refused_at_once():
         (Net(), {"density": 1.5}, ValueError, r"\(0, 1\]"),
         (Net(), {"k": 1, "l1": -0.1}, ValueError, "l1 must not be negative"),
         (Net(), {"k": 1, "l1": float("nan")}, ValueError, "l1 must not be negative"),
+        (Net(), {"k": 1, "l1": (0.1, -1)}, ValueError, "l1 must not be negative"),
+        (Net(), {"k": 1, "l1": (0.1,)}, ValueError, r"a pair \(full, sparse\)"),
+        (Net(), {"k": 1, "l1_numel": "some"}, ValueError, "l1_numel must be"),
+        (Net(), {"k": 1, "l1_numel": 0}, ValueError, "l1_numel must be"),
+        (Net(), {"k": 5, "iterations": 0}, ValueError, "iterations must be an integer ≥ 1"),
+        (Net(), {"k": 5, "iterations": 6}, ValueError, "6 iterations cannot share 5 entries"),
+        (Net(), {"k": 1, "criterion": "magic"}, ValueError, "unknown criterion 'magic'"),
         (
             Net(),
             {"k": 1, "eligible": {"body.1.weight"}},
@@ -492,3 +472,237 @@ def test_training_that_diverges_is_named():
     with pytest.raises(ValueError, match=r"'body\.4\.weight' holds NaN or infinity"):
         sf.LotteryTicket(model, k=5).fit(train)
     same(model, before)
+
+
+def three(model, k=301, record=None, **options):
+    """Three iterations, recorded: each phase's start, its support, and its end."""
+    seen = []
+    inner = Training()
+
+    def train(phase):
+        begin = values(phase.model)
+        inner(phase)
+        seen.append((phase, begin, values(phase.model)))
+
+    ticket = sf.LotteryTicket(model, k=k, iterations=3, **options)
+    return ticket, ticket.fit(train), seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_iterations(dtype):
+    model = Net(dtype)
+    before = values(model)
+    ticket, delta, seen = three(model)
+    assert [(p.name, p.iteration, p.iterations) for p, _, _ in seen] == [
+        (name, i, 3) for i in range(3) for name in ("full", "sparse")
+    ]
+    sparse = [phase.support for phase, _, _ in seen[1::2]]
+    assert [len(s) for s in sparse] == [100, 200, 301]
+    assert ticket.support == sparse[-1] == delta.support
+    for i, (phase, begin, _) in enumerate(seen):
+        held = sparse[i // 2 - 1] if i > 1 else None
+        end = seen[i // 2 * 2 - 1][2]
+        for n, t in begin.items():
+            wanted = before[n]
+            if held is not None and n in held.layout:
+                # The sparse values learnt so far; head and buffers start afresh.
+                wanted = torch.where(held.mask(n), end[n], wanted)
+            assert_bits(t, wanted, f"{phase.title}: {n}") if t.is_floating_point() else None
+    for i in range(3):
+        full = seen[2 * i][2]
+        chosen = sf.select(
+            {n: full[n] for n in ELIGIBLE},
+            {n: before[n] for n in ELIGIBLE},
+            k=[100, 100, 101][i],
+            exclude=sparse[i - 1] if i else None,
+        )
+        for n in ELIGIBLE:
+            known = sparse[i - 1].mask(n) if i else torch.zeros(before[n].shape, dtype=torch.bool)
+            assert not (known & chosen.mask(n)).any()
+            assert torch.equal(sparse[i].mask(n), known | chosen.mask(n))
+    same(model, before)
+    with sf.compose(model, delta, heads=delta):
+        for n, p in model.named_parameters():
+            assert_bits(p.detach(), seen[-1][2][n], n)
+
+
+def test_the_first_iteration_is_that_of_a_smaller_k():
+    _, _, seen = three(Net(), k=302)
+    once = sf.LotteryTicket(Net(), k=100).fit(Training())
+    phase, _, end = seen[1]
+    assert phase.support == once.support
+    before = values(Net())
+    for n, at, value in once:
+        assert_bits(end[n].reshape(-1)[at], before[n].reshape(-1)[at] + value, n)
+    for n, head in once.heads.items():
+        assert_bits(end[n], head, n)
+
+
+def test_what_bfloat16_rounds_off_is_carried_to_the_next_iteration():
+    deltas = []
+
+    def train(phase):
+        Training()(phase)
+        if phase.name == "sparse":
+            deltas.append(phase.made.delta())
+
+    def still(phase):
+        """Learns in the first iteration alone."""
+        if phase.iteration == 0 or phase.name == "full":
+            return train(phase)
+        deltas.append(phase.optimizer().delta())
+
+    sf.LotteryTicket(Net(torch.bfloat16), k=200, iterations=2).fit(still)
+    first, second = deltas
+    lost = 0
+    for n, at, value in first:
+        place = torch.searchsorted(second.indices(n), at)
+        assert_bits(second.values(n)[place], value, n)
+        start = dict(Net(torch.bfloat16).named_parameters())[n].detach().reshape(-1)[at]
+        lost += int(((start.float() + value).bfloat16().float() - start.float() != value).sum())
+    assert lost > 10
+
+
+def test_a_random_support_grows_too():
+    ticket, delta, seen = three(Net(), criterion="random", seed=3)
+    assert [phase.name for phase, _, _ in seen] == ["sparse"] * 3
+    assert len(delta) == len(ticket.support) == 301
+    assert seen[0][0].support == sf.select(Net(), k=100, criterion="random", seed=3)
+
+
+@pytest.mark.parametrize("l1", [0.2, (0.2, 0.2), (0.3, 0.1), (0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("l1_numel", "n"), [("all", 2804), ("trainable", 2704), ("eligible", 2580), (100, 100)]
+)
+def test_what_the_l1_term_counts(l1, l1_numel, n):
+    """The step is linear in the gradient where ε is huge, so it shows λ/N."""
+    found = {}
+
+    def train(phase):
+        opt = phase.optimizer(lr=1.0, eps=1e4)
+        bias = phase.model.head.bias
+        with torch.no_grad():
+            bias += 0.5
+            phase.model.body[0].weight += 1
+        if phase.name == "sparse":
+            opt = phase.optimizer(lr=1.0, eps=1e4)
+        bias.grad = torch.zeros(4)
+        before = bias.detach().clone().double()
+        opt.step()
+        found[phase.name] = float((before - bias.detach())[0])
+
+    scale = 1e6
+    pair = l1 if isinstance(l1, tuple) else (l1, l1)
+    given = tuple(scale * v for v in l1) if isinstance(l1, tuple) else scale * l1
+    delta = sf.LotteryTicket(Net(), k=40, l1=given, l1_numel=l1_numel).fit(train)
+    for value, phase in zip(pair, ("full", "sparse"), strict=True):
+        g = scale * value / n
+        assert found[phase] == pytest.approx(g / (g + 1e4), rel=1e-3, abs=1e-6)
+    assert delta.meta["recipe"]["l1"] == (
+        scale * pair[0] if pair[0] == pair[1] else [scale * v for v in pair]
+    )
+
+
+def test_a_given_mask_needs_neither_k_nor_a_full_phase():
+    chosen = sf.select(Net(), k=77, criterion="random", seed=5)
+    train = Training()
+    ticket = sf.LotteryTicket(Net(), criterion=sf.criteria.given(chosen))
+    delta = ticket.fit(train)
+    assert train.names == ["sparse"]
+    assert ticket.k == len(delta) == 77
+    assert delta.support == chosen
+    assert delta.meta["recipe"]["method"] == "given mask"
+    biases = sf.LotteryTicket(Net(), criterion="bias").fit(Training())
+    assert len(biases) == 80
+    assert set(biases.support.counts()) == set(ELIGIBLE)
+
+
+def test_entries_that_must_be_in_and_entries_that_must_not():
+    inside = sf.select(Net(), k=50, criterion="random", seed=1)
+    outside = sf.select(Net(), k=60, criterion="random", seed=2, exclude=inside)
+    options = {"include": inside, "exclude": iter([outside])}
+    ticket, delta, seen = three(Net(), **options)
+    assert len(delta) == 301
+    for n in ELIGIBLE:
+        first = seen[1][0].support.mask(n)
+        assert not (inside.mask(n) & ~first).any()
+        assert not (outside.mask(n) & ticket.support.mask(n)).any()
+
+
+def test_modes_come_back():
+    model = Net()
+    model.body.eval()
+    modes = {m: m.training for m in model.modules()}
+
+    def train(phase):
+        Training()(phase)
+        model.body[3].eval()
+
+    sf.LotteryTicket(model, k=10).fit(train)
+    assert {m: m.training for m in model.modules()} == modes
+
+
+def test_too_few_entries_moved(tmp_path):
+    model = Net()
+    before = values(model)
+
+    @torch.no_grad()
+    def train(phase):
+        optimizer = phase.optimizer(lr=1e-2)
+        for _ in phase.batches([0], steps=2):
+            phase.model.body[4].bias.grad = torch.ones(30)
+            optimizer.step()
+
+    with pytest.raises(ValueError, match=r"only 30 of the 50 entries wanted moved"):
+        sf.LotteryTicket(model, k=50).fit(train, tmp_path)
+    same(model, before)
+    # Nothing is lost: the full phase is stored, and what to do about it is not a setting.
+    steps = []
+
+    def rest(phase):
+        optimizer = phase.optimizer(lr=1e-2)
+        assert phase.resumed == (phase.name == "full")
+        for _ in phase.batches([0], steps=2):
+            steps.append(phase.name)
+            phase.model.body[4].bias.grad = torch.ones(30)
+            optimizer.step()
+
+    delta = sf.LotteryTicket(model, k=50, fill=True).fit(rest, tmp_path)
+    assert steps == ["sparse"] * 2
+    assert delta.support.counts()["body.4.bias"] == 30
+    assert len(delta) == 50
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"colour": "red"}, "no field 'colour'"),
+        ({"lang": 5}, "lang"),
+        ({"recipe": {"x": object()}}, "recipe"),
+    ],
+)
+def test_mistakes_in_the_metadata_show_before_training(meta, message):
+    def never(phase):
+        raise AssertionError
+
+    with pytest.raises(sf.SFTError, match=message):
+        sf.LotteryTicket(Net(), k=5).fit(never, **meta)
+
+
+def test_the_recipe_of_a_user_is_added():
+    delta = sf.LotteryTicket(Net(), k=5).fit(Training(), recipe={"lr": 1e-2, "method": "mine"})
+    recipe = delta.meta["recipe"]
+    assert (recipe["lr"], recipe["method"], recipe["k_requested"]) == (1e-2, "mine", 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_every": 3}, "need a folder"),
+        ({"fresh": True}, "need a folder"),
+        ({"save_every": 0, "folder": "x"}, "save_every must be an integer ≥ 1, got 0"),
+    ],
+)
+def test_options_of_a_run_need_a_folder(options, message):
+    with pytest.raises(ValueError, match=message):
+        sf.LotteryTicket(Net(), k=5).fit(Training(), **options)
