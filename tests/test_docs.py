@@ -37,7 +37,7 @@ class Tiny(nn.Module):
     "name",
     [
         *("README.md", "docs/api.md", "docs/concepts.md", "docs/ops.md", "docs/merging.md"),
-        "docs/serving.md",
+        *("docs/serving.md", "docs/selection.md"),
     ],
 )
 def test_python_blocks_run(name, tmp_path, monkeypatch):
