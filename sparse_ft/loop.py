@@ -85,7 +85,8 @@ class Loop:
 
     Args:
         batches: A `DataLoader` or another re-iterable of batches, or a function `(phase) -> one`.
-            If it has `active(model, batch)`, each batch is run inside that context.
+            If it has `active(model, batch)`, as a `MultiSource` has, each batch is run inside that
+            context.
         full: Length of the full phase; a number is steps.
         sparse: Length of the sparse phase; default: as the full one.
         loss: `(model, batch) -> scalar`; default: `model(**batch).loss`, with the batch moved to
@@ -209,6 +210,9 @@ class Loop:
         device = next(model.parameters()).device
         scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         active = getattr(batches, "active", None)
+        if (bind := getattr(batches, "bind", None)) is not None:
+            # Before a stored state moves the weights: sources' SFTs belong to θ0.
+            bind(model, phase.theta0)
         loss_of = self.loss or _loss
         mean = torch.zeros((), device=device)
         count = 0

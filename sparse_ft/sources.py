@@ -9,11 +9,14 @@ the weights, the moments and the distance from θ0 never contain it.
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -21,6 +24,7 @@ from torch.utils.data import IterableDataset
 from .delta import SparseDelta
 from .families import named_parameters
 from .registry import DeltaRegistry
+from .runs import random_state_kept
 
 __all__ = ["MultiSource", "source_of", "sources_on"]
 
@@ -43,7 +47,8 @@ class MultiSource(IterableDataset[Any]):
             the bare model.
         repeat: Source → how many passes over its batches one pass over all of them holds, to give
             a small source more weight. Default: 1 each.
-        seed: Of the order of the sources' batches; pass e is drawn from seed + e.
+        seed: Pass e over all is drawn from seed + e: the order of the sources, and what their
+            loaders draw when a pass over them begins, the order of the examples above all.
 
     Raises:
         ValueError: There is no source, one has no batches, a name is unknown, or a number of passes
@@ -86,17 +91,27 @@ class MultiSource(IterableDataset[Any]):
             for source, loader in self.batches.items()
             for _ in range(len(loader) * self.repeat[source])
         ]
-        streams = {source: self._stream(source, epoch) for source in self.batches}
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        for i in torch.randperm(len(order), generator=generator).tolist():
+        drawn = torch.randperm(len(order), generator=generator).tolist()
+        streams = {}
+        for source, passes in self.repeat.items():
+            seeds = torch.randint(1 << 31, (passes,), generator=generator).tolist()
+            streams[source] = self._stream(source, epoch, seeds)
+        for i in drawn:
             yield _named(next(streams[order[i]]), order[i])
 
-    def _stream(self, source: str, epoch: int) -> Iterator[Any]:
-        loader, passes = self.batches[source], self.repeat[source]
-        for i in range(passes):
+    def _stream(self, source: str, epoch: int, seeds: list[int]) -> Iterator[Any]:
+        loader = self.batches[source]
+        for i, seed in enumerate(seeds):
             if hasattr(loader, "set_epoch"):
-                loader.set_epoch(epoch * passes + i)
-            yield from loader
+                loader.set_epoch(epoch * len(seeds) + i)
+            # A pass begins in mid-training: its order must not hang on what was drawn before.
+            with random_state_kept():
+                _seed(loader, seed)
+                batches = iter(loader)
+                first = list(islice(batches, 1))
+            yield from first
+            yield from batches
         raise RuntimeError(
             f"MultiSource: the source {source!r} gave fewer batches than the {len(loader)} that "
             "its length says"
@@ -221,6 +236,16 @@ def check_sources(
     for source, passes in repeat.items():
         if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
             raise ValueError(f"{what}: repeat[{source!r}] must be an integer ≥ 1, got {passes!r}")
+
+
+def _seed(loader: Any, seed: int) -> None:
+    """Seeds what a loader may draw its order from; not CUDA's generators, which it does not."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (what samplers of others draw from)
+    generators = [getattr(o, "generator", None) for o in (loader, getattr(loader, "sampler", None))]
+    for generator in (torch.default_generator, *generators):
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
 
 
 class _Dict(dict[Any, Any]):

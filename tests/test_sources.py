@@ -109,6 +109,34 @@ def test_loaders_that_shuffle_by_epoch_are_told_each_pass():
     assert told == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["global", "generator"])
+def test_the_order_hangs_on_nothing_drawn_elsewhere(own):
+    generator = torch.Generator() if own else None
+    loaders = {
+        source: DataLoader([[source, i] for i in range(12)], 2, shuffle=True, generator=generator)
+        for source in ("a", "b")
+    }
+
+    def items(stream, draw):
+        state = torch.get_rng_state()
+        out = []
+        for batch in stream:
+            out.append((source_of(batch), batch[1].tolist()))
+            torch.rand(draw)
+        assert draw or torch.equal(torch.get_rng_state(), state)
+        return out
+
+    stream = MultiSource(loaders, repeat={"a": 2}, seed=3)
+    first, second = items(stream, 0), items(stream, 3)
+    torch.manual_seed(9)
+    again = MultiSource(loaders, repeat={"a": 2}, seed=3)
+    again.set_epoch(1)
+    assert items(again, 5) == second != first
+    passes = [i for source, rows in first if source == "a" for i in rows]
+    assert sorted(passes[:12]) == sorted(passes[12:]) == list(range(12))
+    assert passes[:12] != passes[12:]
+
+
 @pytest.mark.parametrize(
     "batch", [{"x": 1}, [1], (1, 2), torch.zeros(2)], ids=lambda b: type(b).__name__
 )
@@ -262,6 +290,44 @@ def test_lottery_ticket_records_nothing_of_the_sources():
         delta = ticket.fit(train)
     assert not delta.val.any()
     assert same(bits(model), before)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("bare_first", [False, True])
+def test_a_loop_goes_on_in_the_middle_of_a_pass(tmp_path, bare_first):
+    """The stream settles its order by itself; the SFTs belong to θ0, not to the weights of then."""
+
+    def run(folder, stop=None):
+        model = Net()
+        deltas = {"sw": delta_for(model, 1), "yo": delta_for(model, 2)}
+        names = ("sw", "yo", "en")
+        loaders = {s: DataLoader(loader(i).dataset, 4, shuffle=True) for i, s in enumerate(names)}
+        # Seed 0 begins with a source that has no SFT.
+        stream = MultiSource(loaders, deltas, {"yo": 2}, seed=int(not bare_first))
+        steps = []
+
+        def loss(model, batch):
+            steps.append(source_of(batch))
+            if len(steps) == stop:
+                raise Interrupted
+            return nn.functional.dropout(model(**batch) * torch.ones(5), 0.5).sum()
+
+        ticket = sf.LotteryTicket(model, density=0.1, eligible=lambda n, p: "out" not in n)
+        loop = sf.Loop(stream, 40, loss=loss, lr=0.02)
+        return ticket.fit(loop, folder=folder, save_every=3), steps
+
+    expected, steps = run(tmp_path / "whole")
+    assert (steps[0] == "en") == bare_first
+    for stop in (11, 62):
+        folder = tmp_path / str(stop)
+        with pytest.raises(Interrupted):
+            run(folder, stop)
+        delta, after = run(folder)
+        assert delta == expected
+        assert after == steps[(stop - 1) // 3 * 3 if stop < 40 else 40 + (stop - 41) // 3 * 3 :]
 
 
 def test_refusals_name_the_source():
