@@ -131,8 +131,8 @@ def _save(tokenizer: Tokenizer, folder: Path, names: dict[str, str], *inputs: st
     ).save_pretrained(folder)
 
 
-def fit(task, model, features, tokenizer, steps, lr=3e-3):
-    """Trains on all features at once; returns the losses."""
+def fit(task, model, features, tokenizer, steps=400, until=0.02, lr=3e-3):
+    """Trains on all features at once, until the loss is as low; returns the losses."""
     torch.manual_seed(0)
     collate = task.collate(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -144,4 +144,6 @@ def fit(task, model, features, tokenizer, steps, lr=3e-3):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        if losses[-1] < until:
+            break
     return losses
