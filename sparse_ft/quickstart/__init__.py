@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .e5 import QuickstartError
+from .e5 import QuickstartError, package_folder
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -159,6 +159,8 @@ class _Quickstart:
         self.output = output
         if language == SOURCE:
             raise QuickstartError(f"language {language!r} is the source; choose another target")
+        if task == "slots":
+            package_folder("seqeval", "seqeval>=1.2.2")
         share = 0.1 if fast else 1.0
         self.fresh = fresh
         self.recipe: Recipe = shortened(Recipe(), share)

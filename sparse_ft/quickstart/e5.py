@@ -63,7 +63,7 @@ def package_folder(module: str, requirement: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise QuickstartError(
-            f"the quickstart reads data from the package {module}, which is not installed: "
+            f"the quickstart needs the package {module}, which is not installed: "
             f'pip install "{requirement}"'
         )
     return Path(next(iter(spec.submodule_search_locations)))

@@ -6,7 +6,7 @@ accuracy or F1, so that templates can be resampled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..delta import SparseDelta
 from ..tasks.base import evaluating
 from ..tasks.tokens import TokenClassification
 from .intents import Corpus, Sentence
-from .models import Classifier, load_encoder, pad
+from .models import POOLED_SCALE, Classifier, load_encoder, pad
 from .training import TaskRecipe, batches, by_length
 
 Counts = list[list[int]]
@@ -47,6 +48,9 @@ class LabelledTask(Protocol):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The loss of a batch."""
+
+    def learn(self, model: nn.Module, fit: Callable[[], SparseDelta]) -> SparseDelta:
+        """Run `fit` with what the model needs for it, and give its result."""
 
     def counts(self, model: nn.Module, part: str) -> Counts:
         """[numerator, denominator] of each of `tests[part]`, in order."""
@@ -89,6 +93,9 @@ class Intents:
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         scores = model(batch["ids"], batch["attention"])
         return functional.cross_entropy(scores.float(), batch["labels"])
+
+    def learn(self, model: nn.Module, fit: Callable[[], SparseDelta]) -> SparseDelta:
+        return fit()
 
     def counts(self, model: nn.Module, part: str) -> Counts:
         rows, labels = self._rows(self.tests[part])
@@ -139,6 +146,21 @@ class Slots:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return self._task.loss(model, batch)
+
+    def learn(self, model: nn.Module, fit: Callable[[], SparseDelta]) -> SparseDelta:
+        # One learning rate serves classifier and encoder when the states are scaled (see
+        # `POOLED_SCALE`); afterwards the classifier takes the factor over.
+        head: nn.Module = model.classifier  # type: ignore[assignment]
+        scaled = head.register_forward_pre_hook(lambda _, states: (POOLED_SCALE * states[0],))
+        try:
+            delta = fit()
+        finally:
+            scaled.remove()
+        heads = {
+            name: POOLED_SCALE * value if name == "classifier.weight" else value
+            for name, value in delta.heads.items()
+        }
+        return SparseDelta(delta.support, delta.val, heads, delta.meta)
 
     def counts(self, model: nn.Module, part: str) -> Counts:
         examples = self._examples(self.tests[part])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Tick = Callable[[float | None], None]
 """Called after each training step with its loss."""
 Rows = Sequence[list[int]]
-SAVE_EVERY = 50
+SAVE_EVERY = 60
 """Steps from one stored state to the next."""
 
 
@@ -360,4 +360,6 @@ class Setup:
 
         ticket = LotteryTicket(model, density=recipe.density, seed=seed)
         meta = {"role": "task", "task": task.name, "lang": "en"}
-        return ticket.fit(train, folder, SAVE_EVERY, progress=False, **meta)
+        return task.learn(
+            model, lambda: ticket.fit(train, folder, SAVE_EVERY, progress=False, **meta)
+        )
