@@ -87,7 +87,7 @@ class _LanguageModelling(Task):
             raise DataError(f"{source_of(examples)}: holds no text for this tokenizer")
         if len(pieces) % max_length == 1:
             pieces.pop()
-        return Blocks(torch.tensor(pieces, dtype=torch.int32), max_length)
+        return Blocks(torch.frombuffer(pieces, dtype=torch.int32).clone(), max_length)
 
     def _end(self, tokenizer: Any, ids: list[int]) -> list[int]:
         return []
