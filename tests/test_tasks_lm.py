@@ -1,6 +1,9 @@
 """Language modelling: blocks, masks, losses, and that models learn."""
 
+import dataclasses
+import json
 import math
+import pickle
 import shutil
 
 import pytest
@@ -33,6 +36,24 @@ def lines(*texts):
 
 
 TEXT = lines(*task_models.TEXT)
+
+
+def test_tasks_are_records_of_their_options():
+    assert {*TASKS} == {"mlm", "clm", "tokens", "sequences", "qa", "parsing"}
+    assert {name for name, task in TASKS.items() if task.role == "language"} == {"mlm", "clm"}
+    for name, kind in TASKS.items():
+        task = kind()
+        assert task.name == name
+        options = json.loads(json.dumps(dataclasses.asdict(task)))
+        assert kind(**options) == task
+        assert task.greater_is_better == (task.role == "task")
+
+
+def test_collating_travels_to_workers(bases):
+    features = MLM.encode(TEXT, MLM.tokenizer(bases["bert"]), 16)
+    collate = MLM.collate(MLM.tokenizer(bases["bert"]))
+    features, collate = pickle.loads(pickle.dumps((features, collate)))
+    assert collate([features[0]])["input_ids"].shape == (1, 16)
 
 
 @given(st.integers(1, 40), st.integers(1, 9))

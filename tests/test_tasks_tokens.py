@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +40,8 @@ def named_entities(*sentences):
 TEXT = named_entities(*task_models.TEXT)
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=40), st.integers(1, 10))
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=40), st.integers(1, 40))
+@hypothesis.example([1] * 20, 8)
 def test_windows_answer_for_every_word_once(counts, room):
     found = windows(counts, room)
     assert [i for _, _, first, last in found for i in range(first, last)] == list(
