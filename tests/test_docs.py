@@ -37,7 +37,7 @@ class Tiny(nn.Module):
     "name",
     [
         *("README.md", "docs/api.md", "docs/concepts.md", "docs/ops.md", "docs/merging.md"),
-        *("docs/serving.md", "docs/selection.md"),
+        *("docs/serving.md", "docs/selection.md", "docs/composing.md"),
     ],
 )
 def test_python_blocks_run(name, tmp_path, monkeypatch):
@@ -62,19 +62,35 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
     # What the reader is told to have: a model, a loop, files of other SFTs, a batch.
     names = {"model": model, "train": train, "evaluate": evaluate, "predict": model, "batch": x}
     names |= {"x": x, "inputs": x, "out": torch.zeros(64, 3), "outputs": torch.zeros(64, 3)}
+    data = torch.utils.data.TensorDataset(x, y)
+    names["loader"] = torch.utils.data.DataLoader(data, 16, shuffle=True)
+    names["loss"] = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
     names["languages"] = ["swahili", "hausa"]
     names["language_of_each"] = names["languages_of_the_batch"] = ["swahili", "hausa"] * 32
-    if name in ("README.md", "docs/serving.md"):
+    if name in ("README.md", "docs/serving.md", "docs/composing.md"):
         import sparse_ft as sf
 
         base = sf.snapshot(model)
         (tmp_path / "sfts").mkdir()
         for other in ("swahili", "hausa", "ner"):
             train(model)
+            tuned = {n: p.detach() for n, p in model.named_parameters() if n != "out.bias"}
             head = {"out.bias": model.out.bias} if other == "ner" else {}
-            delta = sf.SparseDelta.between(base, model, heads=head)
+            delta = sf.SparseDelta.between({n: base[n] for n in tuned}, tuned, heads=head)
             delta.save(f"{other}.safetensors")
             delta.save(f"sfts/{other}.safetensors")
         base.restore(model)
     for block in blocks(ROOT / name):
         exec(compile(block, name, "exec"), names)
+
+
+def test_proofs_are_there():
+    """The checklist of the method names tests: each must exist."""
+    page = (ROOT / "docs" / "method.md").read_text("utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
+    rows = [line for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(row.split("|")[1]) for row in rows] == list(range(1, 30))
+    assert all(re.search(r"`test_\w+\.py::test_\w+`", row) for row in rows)
+    for file, test in named:
+        text = (ROOT / "tests" / file).read_text("utf-8")
+        assert re.search(rf"^def {test}\(", text, re.MULTILINE), f"{file} has no {test}"

@@ -21,6 +21,9 @@ PUBLISHED = {
         *("accuracy", 250),
     ),
     "lt-sft-ner": ("tokens", "paper", 14_155_776, 0, (3, 10), None, None, 8, 5e-5, "f1", 250),
+    "lt-sft-masakhaner": (
+        *("tokens", "paper", 14_155_776, 0, (3, 10), None, None, 8, 5e-5, "f1", 250),
+    ),
     "lt-sft-dp": ("parsing", "paper", 14_155_776, 0, (3, 10), None, None, 8, 5e-5, "las", 250),
     "lt-sft-nli": (
         *("sequences", "paper", 14_155_776, 0, (5, 5), None, None, 32, 2e-5),
@@ -60,6 +63,11 @@ def test_a_preset_has_the_published_figures(name):
     assert (r.weight_decay, r.max_grad_norm, r.warmup, r.iterations) == (0, 1, 0, 1)
     assert r.freeze_norms
     assert r.decouple == (task == "mlm")
+
+
+def test_types_that_one_of_two_corpora_lacks_count_as_none():
+    # LT-SFT, footnote 3.
+    assert RECIPES["lt-sft-masakhaner"].options == {"outside": ["DATE", "MISC"]}
 
 
 def test_scripts_accumulate():

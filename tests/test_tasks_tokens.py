@@ -183,6 +183,16 @@ def test_files(tmp_path):
         TASK().read(path)
 
 
+def test_types_that_do_not_count(tmp_path):
+    file = tmp_path / "ner.conll"
+    file.write_text("Monday B-DATE\nin O\nNew B-LOC\nYork I-LOC\n", encoding="utf-8")
+    examples = TASK(outside=["DATE", "MISC"]).read(file)
+    assert examples[0]["tags"] == ["O", "O", "B-LOC", "I-LOC"]
+    assert TASK().read(file)[0]["tags"][0] == "B-DATE"
+    with pytest.raises(ValueError, match="outside is 'DATE'"):
+        TASK(outside="DATE")
+
+
 def test_errors(bases):
     task = TASK()
     tokenizer = task.tokenizer(bases["bert"])

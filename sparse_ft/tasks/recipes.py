@@ -332,6 +332,13 @@ RECIPES: dict[str, Recipe] = {
         replace(_TAGGING, name="lt-sft-ner", about="named entities", metric="f1", options={}),
         replace(
             _TAGGING,
+            name="lt-sft-masakhaner",
+            about="named entities, from CoNLL 2003 to MasakhaNER: DATE and MISC count as none",
+            metric="f1",
+            options={"outside": ["DATE", "MISC"]},
+        ),
+        replace(
+            _TAGGING,
             name="lt-sft-dp",
             task="parsing",
             about="dependency parsing, shallow biaffine head",

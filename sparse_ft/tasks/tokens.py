@@ -48,6 +48,8 @@ class TokenClassification(Task):
         scheme: How entities are counted; see `metrics.entity_f1`.
         tokens: The field that holds the words.
         tags: The field that holds the labels: "tags" of CoNLL files, "upos" of CoNLL-U.
+        outside: Types of entities that count as none: the paper's ("DATE", "MISC") are those that
+            one of CoNLL 2003 and MasakhaNER has and the other lacks (LT-SFT, §4.3, footnote 3).
     """
 
     name: ClassVar[str] = "tokens"
@@ -60,6 +62,7 @@ class TokenClassification(Task):
     scheme: str | None = None
     tokens: str = "tokens"
     tags: str = "tags"
+    outside: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.metric not in ("f1", "accuracy"):
@@ -67,6 +70,10 @@ class TokenClassification(Task):
         if self.scheme is not None and self.scheme not in SCHEMES:
             raise ValueError(
                 f"scheme is {self.scheme!r}; it must be one of {', '.join(SCHEMES)}, or none"
+            )
+        if isinstance(self.outside, str) or not all(isinstance(x, str) for x in self.outside):
+            raise ValueError(
+                f'outside is {self.outside!r}; it must be a list of types, such as ["DATE"]'
             )
 
     def checked(self, examples: Examples) -> Examples:
@@ -81,6 +88,9 @@ class TokenClassification(Task):
                         raise DataError(
                             f"{examples.where(i)}: words and labels must be text, found {value!r}"
                         )
+            if self.outside:
+                kept = ["O" if tag[2:] in self.outside else tag for tag in tags]
+                examples[i] = {**examples[i], self.tags: kept}
         return examples
 
     def labels(self, examples: Sequence[dict[str, Any]]) -> list[str]:
