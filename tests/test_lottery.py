@@ -563,6 +563,23 @@ def test_what_bfloat16_rounds_off_is_carried_to_the_next_iteration():
     assert lost > 10
 
 
+def test_the_sign_of_zero_stays():
+    """At entries for which nothing was learnt, θ0 is not θ0 + 0."""
+    model = Net()
+    zero = torch.full((50,), -0.0)
+    with torch.no_grad():
+        model.body[0].bias.copy_(zero)
+
+    @torch.no_grad()
+    def train(phase):
+        bias = phase.model.body[0].bias
+        assert_bits(bias.detach(), zero, phase.title)
+        if phase.name == "full":
+            bias += torch.arange(50.0)
+
+    sf.LotteryTicket(model, k=40, iterations=2).fit(train)
+
+
 def test_a_random_support_grows_too():
     ticket, delta, seen = three(Net(), criterion="random", seed=3)
     assert [phase.name for phase, _, _ in seen] == ["sparse"] * 3

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 from tuned import Net, loss_of, noisy, rows, same, values
 
 import sparse_ft as sf
@@ -38,6 +38,7 @@ class Plain:
 
     def __init__(self, loader, die_after=None, steps=11, **options):
         self.loader, self.left, self.steps, self.options = loader, die_after, steps, options
+        self.end = {}
 
     def __call__(self, phase):
         model, options = phase.model, dict(self.options)
@@ -58,6 +59,7 @@ class Plain:
                 if best and phase.step % 2 == 0:
                     phase.offer(abs(phase.step - 5) + float(phase.step == 6))
             phase.log(loss)
+        self.end = values(model)
 
 
 def loader(**options):
@@ -122,6 +124,11 @@ def sampled():
     return DataLoader(rows(), batch_sampler=BatchSampler(sampler, 4, False), collate_fn=noisy)
 
 
+def distributed():
+    sampler = DistributedSampler(rows(), num_replicas=1, rank=0)
+    return loader(shuffle=None, sampler=sampler)
+
+
 class Masking:
     """A collator with a generator of its own."""
 
@@ -156,6 +163,7 @@ CASES = {
     "sampler": ({}, sampled, {}),
     "list": ({}, lambda: fixed(3), {}),
     "shuffled": ({}, Shuffled, {}),
+    "distributed": ({}, distributed, {}),
     "collator": ({}, lambda: loader(collate_fn=Masking()), {}),
     "ahead": ({}, Ahead, {}),
     "groups": (
@@ -178,17 +186,38 @@ def test_stopped_runs_end_at_the_same_bits(case, tmp_path):
     # Sums of weights that bfloat16 has rounded are not what was learnt: δ is.
     dtype = torch.bfloat16 if case in ("iterations", "hook", "best") else torch.float32
 
+    made = []
+
     def make():
-        return Plain(batches(), **options)
+        made.append(Plain(batches(), **options))
+        return made[-1]
 
     whole = persistently(None, make, ticket, dtype)
+    end = made[-1].end
     per_phase = 11 * options.get("accumulate", 1)
     chance = random.Random(case)
     lives = [chance.randint(1, per_phase)] + [chance.randint(0, per_phase) for _ in range(30)]
     equal(persistently(tmp_path / "run", make, ticket, dtype, lives, save_every=3), whole)
+    for n, t in made[-1].end.items():
+        assert torch.equal(t, end[n]), n  # buffers too
     assert sorted(os.listdir(tmp_path / "run")) == ["run.json", "sft.safetensors"]
     once = [per_phase + 2] if "criterion" not in ticket else [2]
     equal(persistently(tmp_path / "rarely", make, ticket, dtype, once), whole)
+
+
+def test_samplers_are_told_the_epoch(tmp_path):
+    told = []
+
+    class Sampler(RandomSampler):
+        def set_epoch(self, epoch):
+            told.append(epoch)
+
+    def make():
+        return Plain(loader(shuffle=None, sampler=Sampler(rows())), steps=25)
+
+    persistently(tmp_path, make, lives=[24], save_every=20)
+    # Ten batches an epoch: both phases, the first of them stopped in its third epoch.
+    assert told == [0, 1, 2, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("persistent", [False, True])
