@@ -101,7 +101,7 @@ class Candidates:
         return top.result()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Criterion:
     """A way to choose entries.
 
@@ -114,10 +114,10 @@ class Criterion:
     """
 
     name: str
-    choose: Callable[[Candidates], Choice] | None = field(default=None, repr=False, compare=False)
+    choose: Callable[[Candidates], Choice] | None = field(default=None, repr=False)
     needs_training: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Callable[[Layout], Support] | None = field(default=None, repr=False, compare=False)
+    fixed: Callable[[Layout], Support] | None = field(default=None, repr=False)
 
     def recipe(self) -> dict[str, Any]:
         """What the metadata of an SFT says of it: "criterion", its "method" where that has a name,

@@ -68,8 +68,9 @@ def denoise(
             an integer r ≥ 1; or "full".
         energy: Of "var:p": "sq" is Σσ², the variance; "abs" is Σσ.
         keep_high: Share of the entries of H to keep, those of largest magnitude, in [0, 1].
-        method: "gram" (exact), "svd" (exact, the same by LAPACK's decomposition, 1 to 3 times
-            slower), or "randomized" (approximate; for an integer rank far below the smaller side).
+        method: "gram" (exact), "svd" (exact, by LAPACK's decomposition: it holds U as well, and
+            gains less from threads), or "randomized" (approximate; for an integer rank far below
+            the smaller side).
         seed: Of "randomized".
 
     Returns:
