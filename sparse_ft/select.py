@@ -202,15 +202,7 @@ def select(
             raise ValueError(f'select: criterion "{how.name}" fixes its entries; drop budgets')
         taken = _without(how.fixed(layout).to(device), out)
         support = _union(layout, [taken, kept], device)
-        if not support.nnz:
-            raise ValueError(f'select: criterion "{how.name}" leaves no entry to select')
-        if not (k is None and density is None):
-            wanted = resolve_k(k, density, layout.numel - out.nnz)
-            if wanted != support.nnz:
-                raise ValueError(
-                    f'select: criterion "{how.name}" selects {support.nnz} entries, not the '
-                    f"{wanted} asked for; drop k and density"
-                )
+        _check_count(how.name, support.nnz, k, density, layout.numel - out.nnz)
         return support
 
     groups = _grouped(layout, out, k, density, budgets)
@@ -250,6 +242,18 @@ def select(
     return support
 
 
+def _check_count(name: str, count: int, k: int | None, density: float | None, numel: int) -> None:
+    """K, if it was given, must be the number of entries that a criterion fixes."""
+    if not count:
+        raise ValueError(f'select: criterion "{name}" leaves no entry to select')
+    if (k is None and density is None) or (wanted := resolve_k(k, density, numel)) == count:
+        return
+    raise ValueError(
+        f'select: criterion "{name}" selects {count} entries, not the {wanted} asked for; drop k '
+        "and density"
+    )
+
+
 def _choose(
     how: Criterion, candidates: Candidates, label: str | None, fill: bool
 ) -> tuple[Support, dict[str, Any]]:
@@ -272,7 +276,7 @@ def _choose(
     above, tied, tied_selected = info[2:5].tolist()
     if threshold == 0.0 and not fill:
         what = "moved" if how.needs_training else "have a score other than 0"
-        lower = f"lower k to {above}, " if above else ""
+        lower = f"lower k by {k - above}, " if above else ""
         raise ValueError(
             f"select: only {above} of the {k} entries wanted{_of(label)} {what}. Train longer, "
             f"{lower}give fp32 values where the weights are in half precision, or pass fill=True "
@@ -387,9 +391,7 @@ def _grouped(
     total = resolve_k(k, density, sum(sizes.values()))
     shares = _shared_out(total, [sum(sizes[n] for n in names) for names in members.values()])
     return [
-        (label, names, share)
-        for (label, names), share in zip(members.items(), shares, strict=True)
-        if share
+        (label, names, share) for (label, names), share in zip(members.items(), shares, strict=True)
     ]
 
 
@@ -435,7 +437,7 @@ def _given_budgets(
             f"select: budgets: they take {spent} of the {total} entries to select, and the "
             f"{len(rest)} parameters that no pattern fits have {room} for the other {left}"
         )
-    return [*groups, ("the rest", rest, left)] if left else groups
+    return [*groups, ("the rest", rest, left)] if rest else groups
 
 
 def _shared_out(total: int, sizes: Sequence[int]) -> list[int]:

@@ -216,7 +216,7 @@ def test_fewer_entries_moved_than_wanted(model):
         model.body.lin.view(-1)[[3, 70]] += 1.0
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for criterion in ("magnitude", "denoised"):
-        with pytest.raises(ValueError, match=r"only 2 of the 5 .* moved\. .*lower k to 2, give"):
+        with pytest.raises(ValueError, match=r"only 2 of the 5 .* moved\. .*lower k by 3, give"):
             sf.select(model, start, k=5, criterion=criterion, eligible={"body.lin"})
     for n, value in before.items():
         assert_bits(dict(model.named_parameters())[n].detach(), value)
@@ -508,6 +508,15 @@ def test_budgets_that_do_not_add_up(model):
     ]:
         with pytest.raises(ValueError, match=message.replace("*", r"\*").replace(r".\*", ".*")):
             sf.select(model, start, budgets=budgets, **more)
+    # Where nothing is to be selected nothing can be included either.
+    for name, k, budgets in [
+        ("body.emb", 5, {"body.lin": 5}),
+        ("body.lin", 1, "per_parameter"),
+    ]:
+        layout = sf.Layout.of({name: SHAPES[name[5:]]})
+        include = sf.Support.from_indices(layout, {name: [5]})
+        with pytest.raises(ValueError, match=r"include has 1 entries of the budget .*the 0 to sel"):
+            sf.select(model, start, k=k, include=include, budgets=budgets)
     with pytest.raises(ValueError, match="only 0 of the 3 entries wanted of the budget"):
         sf.select(model, sf.snapshot(model), budgets={"body.lin": 3, "*": 5})
 
