@@ -76,9 +76,10 @@ class TopK:
         a, b = a.detach().reshape(-1), b.detach().reshape(-1) if b is not None else None
         for first in range(0, a.numel(), CHUNK):
             score = self._fp32(a[first : first + CHUNK])
-            if b is not None:
-                score = score - self._fp32(b[first : first + CHUNK])
-            self._add(score.abs())
+            if b is None:
+                self._add(score.abs())
+            else:
+                self._add((score - self._fp32(b[first : first + CHUNK])).abs_())
         self._tensors += 1
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,12 +113,12 @@ class TopK:
             raise NonFiniteError(tile + bad // TILE, self._tensors)
         wanted = 0
         if largest >= self._floor:
-            tied = int((size == self._floor).sum())
+            tied = int((size == self._floor).count_nonzero())
             if self.tie == "index":
                 # Those before them in canonical order fill the room already.
                 self._drop(self._floor, tied)
                 tied = 0
-            wanted = min(self.k, int((size > self._floor).sum()) + tied)
+            wanted = min(self.k, int((size > self._floor).count_nonzero()) + tied)
         if not wanted:
             none = torch.zeros(tiles + 1, dtype=torch.int64, device=self.device)
             empty = torch.zeros(0, dtype=torch.uint16, device=self.device)
