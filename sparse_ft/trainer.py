@@ -311,7 +311,8 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             self.delta = ticket.fit(
                 train_phase, folder, fresh=not resume, progress=False, **self._metadata()
             )
-        self._put_on()
+        if bare:
+            self._put_on()
         outputs = self._outputs
         return TrainOutput(
             sum(output.global_step for output in outputs.values()),
@@ -329,6 +330,9 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         whole, name = self.args, _folder(phase)
         try:
             self.phase, self.args = phase, self._phase_args(phase)
+            if _SOURCE not in self._deltas:
+                # Accelerate may put the parameters elsewhere: made anew at the first batch.
+                self._registry = None
             checkpoint = None
             if isinstance(resume, (str, os.PathLike)) and not self._outputs:
                 checkpoint = _in_phase(os.fspath(resume), self.args.output_dir)
@@ -478,7 +482,8 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics: dict[str, float]
         if not isinstance(self.train_dataset, Mapping) or not isinstance(given, Mapping):
-            with self._source(_SOURCE):
+            # During training it is on the model all the time.
+            with self._source(_SOURCE if self.phase is None else None):
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
             return dict(metrics)
         metrics = {}
@@ -507,7 +512,8 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             yield
             return
         if self._registry is None:
-            self._registry = sources_on(self.model, self._deltas)
+            theta0 = None if self.phase is None else self.phase.theta0
+            self._registry = sources_on(self.model, self._deltas, theta0)
         learnt = [_RESULT] if _RESULT in self._registry else []
         with self._registry.active([*learnt, source], heads=learnt):
             yield
@@ -515,10 +521,10 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
     # --- the result -----------------------------------------------------------------------------
 
     def _put_on(self) -> None:
-        """Puts the result on the model, for evaluation; a composition of the caller's stays."""
-        if self._registry is not None and self.delta is not None:
-            self._registry.add(self.delta, _RESULT)
-            self._registry.activate(_RESULT, heads=_RESULT)
+        """Puts the result on the model, for evaluation."""
+        assert self.delta is not None
+        self._registry = sources_on(self.model, {**self._deltas, _RESULT: self.delta})
+        self._registry.activate(_RESULT, heads=_RESULT)
 
     def _take_off(self) -> None:
         if self._registry is not None:

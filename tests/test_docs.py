@@ -33,11 +33,46 @@ class Tiny(nn.Module):
         return self.out(torch.tanh(self.hidden(x)))
 
 
+def for_a_trainer():
+    """A function that loads a tiny model, data for it, and SFTs of two languages."""
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    import sparse_ft as sf
+
+    config = transformers.BertConfig(
+        vocab_size=30,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=16,
+        num_labels=3,
+    )
+
+    def load_model():
+        torch.manual_seed(0)
+        return transformers.BertForTokenClassification(config)
+
+    def language():
+        model = load_model()
+        base = sf.snapshot(model)
+        with torch.no_grad():
+            model.bert.encoder.layer[0].output.dense.weight[:2] += 0.1
+        return sf.SparseDelta.between(base, model)
+
+    language().save("en.safetensors")
+    data = [
+        {"input_ids": torch.randint(30, (5,)), "labels": torch.randint(3, (5,))} for _ in range(24)
+    ]
+    names = {"load_model": load_model, "dev_data": data[:8], "swahili_sft": language()}
+    return names | dict.fromkeys(["train_data", "english", "swahili", "basque"], data)
+
+
 @pytest.mark.parametrize(
     "name",
     [
         *("README.md", "docs/api.md", "docs/concepts.md", "docs/ops.md", "docs/merging.md"),
         *("docs/serving.md", "docs/selection.md", "docs/composing.md"),
+        "docs/trainer.md",
     ],
 )
 def test_python_blocks_run(name, tmp_path, monkeypatch):
@@ -80,6 +115,8 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
             delta.save(f"{other}.safetensors")
             delta.save(f"sfts/{other}.safetensors")
         base.restore(model)
+    if name == "docs/trainer.md":
+        names |= for_a_trainer()
     for block in blocks(ROOT / name):
         exec(compile(block, name, "exec"), names)
 
