@@ -472,6 +472,8 @@ def _pair(text: str | None) -> Any:
 @contextmanager
 def _training_errors(run: Path | None = None) -> Iterator[None]:
     """Ends the command with one line where something is refused, missing or goes wrong."""
+    from torch import OutOfMemoryError
+
     from sparse_ft.lottery import TrainingDiverged
 
     try:
@@ -486,6 +488,9 @@ def _training_errors(run: Path | None = None) -> Iterator[None]:
         )
     except TrainingDiverged as error:
         fail(str(error).removeprefix("LotteryTicket: "))
+    except OutOfMemoryError as error:
+        said = str(error).partition(". ")[0]
+        fail(f"{said}; a smaller --batch-size with a larger --accumulate needs less")
     except KeyboardInterrupt:
         said = f"; the same command continues from {run}" if run and run.exists() else ""
         note(f"stopped{said}")
