@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Sampler
 
-from ..compose import compose
 from ..delta import SparseDelta
 from ..families import freeze_norms
+from ..files import new_file
 from ..loop import Loop
 from ..lottery import LotteryTicket, Phase
-from ..snapshot import snapshot
 from ..tasks.lm import mask_pieces
 from .models import MaskedLanguageModel, pad
 
@@ -188,6 +188,23 @@ def log_frequencies(rows: Rows, pieces: Pieces) -> Tensor:
     return (counts / counts.sum()).log()
 
 
+def _tune(model: nn.Module, loop: Loop, folder: Path) -> None:
+    """Tune all that is trainable: the full phase of a ticket, of which nothing else is wanted."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    path = folder / "tuned.safetensors"
+
+    def train(phase: Phase) -> None:
+        if phase.name == "full":
+            loop(phase)
+            with new_file("quickstart", str(path)) as temporary:
+                save_file({n: p for n, p in model.named_parameters() if n in trainable}, temporary)
+
+    folder.mkdir(exist_ok=True)
+    ticket = LotteryTicket(model, k=1, eligible=trainable)
+    ticket.fit(train, folder / "run", SAVE_EVERY, progress=False)
+    model.load_state_dict(load_file(path), strict=False)
+
+
 @dataclass(frozen=True)
 class Setup:
     """What all steps of a quickstart share.
@@ -237,8 +254,6 @@ class Setup:
     ) -> MaskedLanguageModel:
         """Give an encoder a masked-language head and adapt first the head, then both.
 
-        Both are sparse phases that select every entry, so a run that was killed continues.
-
         Args:
             encoder: the encoder; changed in place.
             pieces: the vocabulary.
@@ -262,15 +277,10 @@ class Setup:
         for part, steps, lr in parts:
             for parameter in body:
                 parameter.requires_grad_(part == "all")
-            tuned = {name for name, p in model.named_parameters() if p.requires_grad}
-            ticket = LotteryTicket(model, density=1.0, eligible=tuned, criterion="random")
             loop = self.loop(
                 loader, masked_loss, steps, steps, (lr, lr), derived_seed(seed, part), tick
             )
-            delta = ticket.fit(loop, folder / part, SAVE_EVERY, progress=False)
-            with compose(model, delta):
-                values = snapshot(model)
-            values.restore(model)
+            _tune(model, loop, folder / part)
         return model
 
     def language_sft(
