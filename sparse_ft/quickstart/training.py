@@ -200,8 +200,9 @@ def _tune(model: nn.Module, loop: Loop, folder: Path) -> None:
                 save_file({n: p for n, p in model.named_parameters() if n in trainable}, temporary)
 
     folder.mkdir(exist_ok=True)
-    ticket = LotteryTicket(model, k=1, eligible=trainable)
-    ticket.fit(train, folder / "run", SAVE_EVERY, progress=False)
+    if not path.exists():
+        ticket = LotteryTicket(model, k=1, eligible=trainable)
+        ticket.fit(train, folder / "run", SAVE_EVERY, progress=False)
     model.load_state_dict(load_file(path), strict=False)
 
 
