@@ -1,7 +1,7 @@
 """density_sweep: how quality depends on how many entries a language's and a task's SFT may change.
 
 The paper's third figure: every density of the one is composed with every density of the other
-(Ansell et al., ACL 2022, section 7 and figure 3).
+(Ansell et al., ACL 2022, §5.2 and figure 3).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "DENSITIES",
     "Sweep",
     "TrainSpec",
+    "check_densities",
     "density_sweep",
     "evaluate_grid",
     "fit_densities",
@@ -171,14 +172,16 @@ def density_sweep(
         ValueError: No densities, one out of range or given twice, a score that is not finite, or a
             folder that holds another run or a damaged line.
 
-    Source: Ansell et al., ACL 2022, section 7, figure 3.
+    Source: Ansell et al., ACL 2022, §5.2, figure 3.
     """
     place = Path(folder)
     sides = {
-        "language": (language, _ascending("densities", densities)),
+        "language": (language, check_densities("densities", densities)),
         "task": (
             task,
-            _ascending("task_densities", densities if task_densities is None else task_densities),
+            check_densities(
+                "task_densities", densities if task_densities is None else task_densities
+            ),
         ),
     }
     fitted = {
@@ -259,7 +262,7 @@ def fit_densities(
     options = dict(spec.ticket)
     base = as_criterion(options.pop("criterion", "magnitude"))
     deltas = {}
-    for density in _ascending("densities", densities):
+    for density in check_densities("densities", densities):
         criterion = from_full(base, place / "full.safetensors")
         ticket = LotteryTicket(spec.model, density=density, criterion=criterion, **options)
         run = place / f"{density:g}"
@@ -298,7 +301,12 @@ def from_full(base: Criterion, path: Path) -> Criterion:
     return replace(base, choose=choose, needs_training=base.needs_training and not path.exists())
 
 
-def _ascending(name: str, densities: Sequence[float]) -> list[float]:
+def check_densities(name: str, densities: Sequence[float]) -> list[float]:
+    """Densities in ascending order.
+
+    Raises:
+        ValueError: There are none, one is out of range or given twice.
+    """
     shares = sorted(densities)
     if not shares:
         raise ValueError(f"density_sweep: {name} is empty; give shares in (0, 1]")

@@ -17,7 +17,7 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 pytest.importorskip("seqeval")
 
-from tiny_models import bert_folder, write_data
+from tiny_bases import bert_folder, write_data
 from typer.testing import CliRunner
 
 from sparse_ft import SparseDelta
@@ -367,3 +367,61 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(block, "own-data.md", "exec"), {})
+
+
+# --- the sweep ----------------------------------------------------------------------------------
+
+
+def swept(folder, there, *more):
+    settings = ["steps=[3,4]", "lr=0.02", "batch_size=4", "max_length=32"]
+    each = [x for name in ("language", "task") for s in settings for x in (f"--{name}-set", s)]
+    return run(
+        there, "sweep", "text.txt", "--base", "bert", "--kind", "tokens", "--data", "train.conll",
+        "--test", "test.conll", "--valid", "test.conll", "--output", folder, *each, *more,
+    )  # fmt: skip
+
+
+def test_a_sweep_of_densities(there, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = swept(tmp_path, there, "--density", "0.1,0.5", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [(row["language"], row["task"]) for row in rows] == [
+        *((0.1, 0.1), (0.5, 0.1), (0.1, 0.5), (0.5, 0.5)),
+    ]
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+    assert len((tmp_path / "grid.csv").read_text().splitlines()) == 5
+    small, large = (SparseDelta.load(tmp_path / f"task-{d}.safetensors") for d in (0.1, 0.5))
+    assert large.nnz > 4 * small.nnz
+    for name in small.layout.names:
+        # One full phase ranks the entries for both.
+        assert {*small.support.indices(name).tolist()} <= {*large.support.indices(name).tolist()}
+
+    # The figures are those of `evaluate`, whatever made the SFTs.
+    scored = run(
+        there, "evaluate", "test.conll", "--base", "bert", "--json",
+        "--task", tmp_path / "task-0.5.safetensors", "--lang", tmp_path / "language-0.1.safetensors",
+    )  # fmt: skip
+    assert json.loads(scored.stdout)[0]["f1"] == rows[2]["score"]
+
+    # One more density of the language costs one sparse phase and two cells.
+    cells = (tmp_path / "cells.jsonl").read_text()
+    full = (tmp_path / "language-full.safetensors").stat().st_mtime_ns
+    more = swept(tmp_path, there, "--density", "0.1,0.5,0.2", "--task-density", "0.1,0.5")
+    assert more.exit_code == 0, more.output
+    assert (tmp_path / "cells.jsonl").read_text().startswith(cells)
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 6
+    assert (tmp_path / "language-full.safetensors").stat().st_mtime_ns == full
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--density", "0.1,2"], r"densities must be in \(0, 1\]"),
+        (["--density", "0.1,0.1"], "densities has a density twice"),
+        (["--language-preset", "lt-sft-ner"], "preset lt-sft-ner is for tokens"),
+    ],
+)
+def test_sweeps_that_cannot_be(there, tmp_path, more, said):
+    assert re.search(said, refused(swept(tmp_path / "new", there, *more)))
+    assert not (tmp_path / "new").exists()

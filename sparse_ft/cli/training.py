@@ -1,4 +1,5 @@
-"""The commands that train SFTs and evaluate them: `train language`, `train task`, `evaluate`."""
+"""The commands that train SFTs and evaluate them: `train language`, `train task`, `evaluate`,
+`sweep`."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
+    from sparse_ft.sweep import Sweep
     from sparse_ft.tasks.recipes import Recipe
     from sparse_ft.tasks.runner import Trained
 
@@ -391,6 +393,112 @@ def evaluate(
         print_json(rows)
     else:
         _print_scores(rows)
+
+
+@app.command()
+def sweep(
+    texts: Annotated[
+        list[str],
+        typer.Argument(metavar="TEXT…", help="Text of the language: files, or data sets."),
+    ],
+    base: Model,
+    kind: Annotated[Kind, typer.Option(help="The kind of task.")],
+    data: Annotated[list[str], typer.Option(help="Data of the task. May be repeated.")],
+    test: Annotated[str, typer.Option(help="Test data of the task, in the language.")],
+    folder: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for SFTs, runs, table and plot.")
+    ],
+    lang: Annotated[str | None, typer.Option(help="The language, as a tag such as sw.")] = None,
+    valid: Valid = None,
+    source_sft: Annotated[
+        str | None,
+        typer.Option(metavar="SFT", help="The SFT of the language of the task's data."),
+    ] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Densities: 0.05,0.3,1. Default: seven, from 5 to 100 %.")
+    ] = None,
+    task_density: Annotated[
+        str | None, typer.Option(help="Those of the task. Default: the same.")
+    ] = None,
+    language_preset: Annotated[
+        str, typer.Option(help="The recipe of the language.")
+    ] = "lt-sft-language-sweep",
+    task_preset: Annotated[str | None, typer.Option(help="The recipe of the task.")] = None,
+    language_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A setting of the language's recipe: steps=2000."),
+    ] = None,
+    task_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A setting of the task's recipe."),
+    ] = None,
+    option: Options = None,
+    format: DataFormat = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps from one saved state to the next.")
+    ] = 500,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compose every density of a language with every density of a task (the paper's figure 3).
+
+    Each of the two is tuned in full once. Killed or stopped, the same command continues; a density
+    added later costs itself alone. The folder gets grid.csv and, with matplotlib, grid.png.
+    """
+    with _training_errors(folder):
+        from sparse_ft.sweep import DENSITIES
+        from sparse_ft.tasks import density as densities
+
+        task = _recipe(task_preset, kind.value, True)
+        language = _recipe(language_preset, "mlm", False)
+        grid = densities.sweep(
+            texts,
+            data,
+            test,
+            base,
+            folder,
+            task=task.changed(**_named_values("--task-set", task_set)),
+            language=language.changed(**_named_values("--language-set", language_set)),
+            lang=lang,
+            valid=valid,
+            sft=source_sft,
+            densities=DENSITIES if density is None else _shares("--density", density),
+            task_densities=None
+            if task_density is None
+            else _shares("--task-density", task_density),
+            options=_options(option, format),
+            note=note,
+            seed=seed,
+            save_every=save_every,
+            device=device,
+        )
+        grid.to_csv(folder / "grid.csv")
+        _plot(grid, folder / "grid.png", task.metric or "score")
+    if as_json:
+        print_json(grid.rows())
+    else:
+        print_rich(grid.table())
+
+
+def _shares(flag: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers such as 0.05,0.3,1", param_hint=flag
+        ) from None
+
+
+def _plot(grid: Sweep, path: Path, label: str) -> None:
+    """Draws the grid where that can be done, and says so where it cannot."""
+    if min(grid.scores.shape) < 2:
+        note("contours need two densities or more on both sides; no plot")
+        return
+    try:
+        grid.plot(path, label)
+    except ModuleNotFoundError:
+        note('matplotlib is not installed, so there is no plot: pip install "sparse-ft[plot]"')
 
 
 # --- what they share ----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from ..metadata import checked_meta
 from ..runs import random_state_kept
 from ..select import eligible_parameters, resolve_k
 from ..sources import MultiSource
+from ..sweep import from_full
 from ..tiles import Layout
 from . import TASKS, Examples, Task, held_out
 from .recipes import Recipe
@@ -127,6 +128,7 @@ def train(
     fresh: bool = False,
     force: bool = False,
     license: str | None = None,
+    full_model: PathLike | None = None,
     note: Callable[[str], None] = lambda said: None,
 ) -> Trained:
     """Trains an SFT of a language or of a task, as a recipe says, and writes it.
@@ -156,6 +158,8 @@ def train(
         fresh: Start over, whatever the folder holds.
         force: Replace an output of another run.
         license: Of the result, for its metadata.
+        full_model: A file for the fully tuned model: the first of several runs that differ in their
+            density alone makes it, the others begin with its selection.
         note: Is told what the user should know, a line each.
 
     Raises:
@@ -198,6 +202,8 @@ def train(
     }
     with _on_sources(model, loaders, deltas, sources, seed) as (batches, on):
         criterion = _criterion(chosen, task, model, batches, seed)
+        if full_model is not None:
+            criterion = from_full(criterion, Path(full_model))
         k = _count(chosen, criterion, eligible)
         ticket = LotteryTicket(
             model, k=k, iterations=chosen.iterations, l1=chosen.l1, criterion=criterion, seed=seed
