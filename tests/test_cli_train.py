@@ -400,7 +400,8 @@ def test_a_sweep_of_densities(there, tmp_path):
     # The figures are those of `evaluate`, whatever made the SFTs.
     scored = run(
         there, "evaluate", "test.conll", "--base", "bert", "--json",
-        "--task", tmp_path / "task-0.5.safetensors", "--lang", tmp_path / "language-0.1.safetensors",
+        "--task", tmp_path / "task-0.5.safetensors",
+        "--lang", tmp_path / "language-0.1.safetensors",
     )  # fmt: skip
     assert json.loads(scored.stdout)[0]["f1"] == rows[2]["score"]
 
