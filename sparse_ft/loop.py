@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -173,6 +173,7 @@ class Loop:
         return {
             **plain,
             "lr": self._pair(self.lr),
+            "batches": len(self.batches) if isinstance(self.batches, Sized) else None,
             "full": vars(_length(self.full)),
             "sparse": vars(self._length("sparse")),
         }

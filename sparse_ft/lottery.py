@@ -93,7 +93,8 @@ class LotteryTicket:
         pair = tuple(l1) if isinstance(l1, (tuple, list)) else (l1, l1)
         if len(pair) != 2 or not all(0 <= value < float("inf") for value in pair):
             raise ValueError(
-                f"LotteryTicket: l1 must not be negative, or be a pair (full, sparse), got {l1}"
+                "LotteryTicket: l1 must not be negative; give a number, or a pair (full, sparse), "
+                f"got {l1}"
             )
         chosen = eligible_parameters(model, eligible)
         parameters = named_parameters(model)

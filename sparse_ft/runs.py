@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,9 @@ __all__ = ["Run", "random_state", "random_state_kept", "set_random_state"]
 NAME = "run.json"
 FORMAT = {"format": "sparse_ft.run", "version": 1}
 _OWN = re.compile(r"run-[a-z]+-[0-9]+\.safetensors|\.[0-9a-f]{16}\.tmp")
+# Seconds: when a process is killed, the workers of its loaders live on for a while, and hold its
+# lock.
+WAIT = 10.0
 # Beside the tensors: names, the tree, the directory's own blocks.
 _SLACK = 1 << 20
 
@@ -294,17 +298,24 @@ def _locked(folder: str) -> int | None:
     except ImportError:
         return None
     lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise OSError(
-            errno.EAGAIN, "another process works on this run; wait for it, or name another", folder
-        ) from None
-    except OSError:  # a file system without locks
-        os.close(lock)
-        return None
-    return lock
+    patience = time.monotonic() + WAIT
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() < patience:
+                time.sleep(0.05)
+                continue
+            os.close(lock)
+            raise OSError(
+                errno.EAGAIN,
+                "another process works on this run; wait for it, or name another",
+                folder,
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(lock)
+            return None
 
 
 def _sync(folder: str) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -413,6 +414,7 @@ def test_what_is_stored_is_small_in_the_sparse_phase(tmp_path):
         ({"exclude": True}, r"exclude was \[\] and is \["),
         ({"lang": "de"}, r'meta\.lang was "sw" and is "de"'),
         ({"lr": 0.5}, r"training\.lr was \[0\.01, 0\.01\] and is \[0\.5, 0\.5\]"),
+        ({"rows": 30}, r"training\.batches was 10 and is 8"),
         ({"full": 6}, r"training\.full\.steps was 4 and is 6"),
         ({"weight": "body.4.bias"}, r"parameter 'body\.4\.bias' was \".*, values"),
         ({"frozen": "body.1.weight"}, r"parameter 'body\.1\.weight' was \".*, frozen"),
@@ -431,7 +433,8 @@ def test_a_run_goes_on_only_with_its_own_settings(change, message, tmp_path):
                     model.get_parameter(name)[0] += 1
         if "exclude" in change:
             change["exclude"] = sf.select(model, k=7, criterion="random")
-        loop = sf.Loop(loader(), change.pop("full", 4), 4, loss=loss_of, lr=change.pop("lr", 1e-2))
+        batches = DataLoader(rows(change.pop("rows", 38)), 4, collate_fn=noisy)
+        loop = sf.Loop(batches, change.pop("full", 4), 4, loss=loss_of, lr=change.pop("lr", 1e-2))
         meta = {"lang": change.pop("lang", "sw")}
         ticket = sf.LotteryTicket(model, **{"k": 300, "l1": 0.1, **change})
         return ticket.fit(loop, tmp_path, fresh=fresh, **meta)
@@ -513,11 +516,14 @@ def test_a_disk_that_fails_while_it_is_written(tmp_path, monkeypatch):
     equal(ticket.fit(Plain(loader()), tmp_path, save_every=2), whole)
 
 
-def test_one_process_at_a_time(tmp_path):
-    with_run = runs.Run(tmp_path, {})
+def test_one_process_at_a_time(tmp_path, monkeypatch):
+    mine = runs.Run(tmp_path, {})
+    monkeypatch.setattr(runs, "WAIT", 0.1)
     with pytest.raises(OSError, match="another process works on this run"):
         runs.Run(tmp_path, {})
-    with_run.close()
+    # What a killed process leaves behind ends soon.
+    monkeypatch.setattr(runs, "WAIT", 10.0)
+    threading.Timer(0.2, mine.close).start()
     runs.Run(tmp_path, {}).close()
 
 
