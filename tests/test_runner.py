@@ -66,7 +66,7 @@ def test_a_language_goes_with_every_kind_of_task(there, tmp_path, preset):
     """As the paper does it: a task on a source language's SFT, scored with another's."""
     suffix, metric, length = KINDS[preset]
     options = {"options": {"stride": 4}} if preset == "lt-sft-qa" else {}
-    given = {"max_length": length, "steps": (5, 60), "evaluate_every": 20, "lr": 5e-3}
+    given = {"max_length": length, "steps": (5, 60), "evaluate_every": 20, "lr": 1e-2}
     made = train(
         *(there / f"train.{suffix}", there / "bert", tmp_path / "x.safetensors"),
         recipe=recipe(preset, density=0.5, batch_size=8, **given),
