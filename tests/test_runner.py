@@ -307,7 +307,7 @@ def test_several_sources(there, tmp_path):
     (there / "sources.json").write_text(
         json.dumps(
             {
-                "sw": {"data": "train.conll", "valid": "test.conll", "sft": "sw.safetensors"},
+                "sw": {"data": "test.conll", "valid": "train.conll", "sft": "sw.safetensors"},
                 "en": {"data": ["train.conll"], "repeat": 2},
             }
         )
@@ -321,7 +321,7 @@ def test_several_sources(there, tmp_path):
     assert set(made.delta.meta["recipe"]["data"]) == {"sw", "en"}
     # Evaluated with the SFT of its source on it.
     langs = [there / "sw.safetensors", None]
-    rows = evaluate(there / "bert", made.path, there / "test.conll", langs=langs)
+    rows = evaluate(there / "bert", made.path, there / "train.conll", langs=langs)
     assert rows[0]["accuracy"] == pytest.approx(made.phases[-1]["best"], abs=1e-12)
     assert rows[1]["accuracy"] != rows[0]["accuracy"]
 
