@@ -523,7 +523,7 @@ def _digest_texts(texts: Sequence[str]) -> str:
 def _score(counts: Counts) -> float:
     """Accuracy or F1 from [numerator, denominator] of each sentence."""
     above, below = (sum(column) for column in zip(*counts, strict=True))
-    return above / max(below, 1)
+    return float(above / max(below, 1))
 
 
 def _standard_error(

@@ -370,7 +370,9 @@ class Setup:
                 after_full()
 
         ticket = LotteryTicket(model, density=recipe.density, seed=seed)
-        meta = {"role": "task", "task": task.name, "lang": "en"}
         return task.learn(
-            model, lambda: ticket.fit(train, folder, SAVE_EVERY, progress=False, **meta)
+            model,
+            lambda: ticket.fit(
+                train, folder, SAVE_EVERY, progress=False, role="task", task=task.name, lang="en"
+            ),
         )
