@@ -2,8 +2,6 @@
 
 import inspect
 import os
-import re
-import shlex
 import subprocess
 import sys
 import warnings
@@ -62,6 +60,7 @@ def test_quickstart_has_the_defaults_of_its_function(monkeypatch):
 
 def test_quickstart_options(recorded, tmp_path):
     expected = {
+        "task": "slots",
         "language": "gl",
         "model": "m",
         "seeds": 3,
@@ -147,17 +146,6 @@ def test_help_of_merge_has_every_rule_and_option():
                 assert wanted[option].endswith("<class 'inspect._empty'>")
             assert item in shown
         assert name in shown
-
-
-@pytest.mark.parametrize("page", ["docs/api.md", "docs/exchange.md"])
-def test_the_commands_of_the_documents_parse(page):
-    commands = typer.main.get_command(cli.app).commands
-    lines = re.findall(r"^sparse-ft (.+?) *(?:#.*)?$", (ROOT / page).read_text("utf-8"), re.M)
-    lines = [shlex.split(line) for line in lines if not line.startswith("--")]
-    assert lines
-    for name, *arguments in lines:
-        if arguments != ["--help"]:
-            commands[name].make_context(name, arguments)
 
 
 def test_warnings_are_one_line(monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,9 +21,8 @@ from typer.testing import CliRunner
 
 from sparse_ft import SparseDelta
 from sparse_ft.cli import app
-from sparse_ft.loop import Length
 from sparse_ft.tasks import TASKS
-from sparse_ft.tasks.recipes import RECIPES, Recipe
+from sparse_ft.tasks.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--density", 0.1, "--steps", "4,8", "--lr", 1e-3, "--batch-size", 4, "--max-length", 32]
@@ -327,46 +325,6 @@ def test_without_the_extra(there, monkeypatch):
     said = refused(run(there, *ner(there, "new.safetensors")))
     assert "'transformers'" in said
     assert said.endswith('pip install "sparse-ft[tasks]"')
-
-
-# --- the page -----------------------------------------------------------------------------------
-
-
-def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
-    """docs/own-data.md as it stands, on a tiny model, a few steps each."""
-    monkeypatch.chdir(tmp_path)
-    bert_folder(tmp_path / "xlm-roberta-base")
-    write_data(tmp_path)
-    copies = {
-        "text.txt": ["sw.txt", "en.txt"],
-        "train.conll": ["ner-train.conll"],
-        "test.conll": ["ner-dev.conll", "ner-sw.conll"],
-        "train.conllu": ["en-train.conllu"],
-        "test.conllu": ["en-dev.conllu"],
-    }
-    for name, others in copies.items():
-        for other in others:
-            (tmp_path / other).write_bytes((tmp_path / name).read_bytes())
-    table = (tmp_path / "train.csv").read_text("utf-8").replace("text,label", "review,stars")
-    (tmp_path / "reviews.csv").write_text(table, "utf-8")
-    page = (ROOT / "docs" / "own-data.md").read_text("utf-8")
-    (tmp_path / "sources.json").write_text(*re.findall(r"```json\n(.*?)```", page, re.DOTALL))
-    short = {"density": 0.1, "max_length": 32, "evaluate_every": 2}
-    for name, preset in RECIPES.items():
-        monkeypatch.setitem(RECIPES, name, preset.changed(**short))
-    monkeypatch.setattr(Recipe, "lengths", lambda self: (Length(steps=2), Length(steps=3)))
-    commands = [
-        shlex.split(line)[1:]
-        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-        for line in block.splitlines()
-        if line.startswith("sparse-ft")
-    ]
-    assert len(commands) == 8
-    for command in commands:
-        result = run(tmp_path, *command)
-        assert result.exit_code == 0, result.output
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(compile(block, "own-data.md", "exec"), {})
 
 
 # --- the sweep ----------------------------------------------------------------------------------

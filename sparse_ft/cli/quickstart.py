@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,19 @@ from .shared import fail
 app = typer.Typer()
 
 
+class QuickstartTask(str, Enum):
+    """What the quickstart can learn."""
+
+    intents = "intents"
+    slots = "slots"
+
+
 @app.command()
 def quickstart(
+    task: Annotated[
+        QuickstartTask,
+        typer.Option(help="The intent of a sentence, or a tag for each of its words."),
+    ] = QuickstartTask.intents,
     language: Annotated[
         str, typer.Option(help="Target language, as a code of home-assistant-intents.")
     ] = "lb",
@@ -43,7 +55,8 @@ def quickstart(
     """Carry a task from English to another language by composing two sparse differences.
 
     Trains on real text a language SFT (unlabelled, in the target language) and a task SFT
-    (labelled, in English), composes them, and prints the accuracy in the target language.
+    (labelled, in English), composes them, and prints what they achieve in the target language.
+    Two tasks share the language SFTs: intents (one label a sentence) and slots (one a word).
     Takes under six minutes on two cores.
     """
     try:
@@ -65,6 +78,7 @@ def quickstart(
             fast=fast,
             fresh=fresh,
             threads=threads,
+            task=task.value,
         )
     except QuickstartError as error:
         fail(str(error))
