@@ -272,6 +272,19 @@ def test_a_text_without_text(damaged):
     assert refused(run(damaged, *command)).endswith("blank.txt: holds no text")
 
 
+def test_more_entries_than_moved(there, tmp_path):
+    """Pieces that no text has do not move."""
+    (there / "dogs.txt").write_text("the dog\nthe dog sees\n" * 9, "utf-8")
+    command = language(there, tmp_path / "x.safetensors", "--density", 1.0)
+    command[2] = there / "dogs.txt"
+    said = refused(run(there, *command))
+    assert re.match(r"only 1\d,?\d{3} of the 19,?872 entries wanted moved", said)
+    assert "pass --set fill=true to fill up" in said
+    result = run(there, *command, "--set", "fill=true", "--fresh")
+    assert result.exit_code == 0, result.output
+    assert SparseDelta.load(tmp_path / "x.safetensors").density == 1
+
+
 def test_a_published_k_needs_a_model_of_its_size(there):
     command = [*language(there, "new.safetensors"), "--preset", "lt-sft-language"]
     i = command.index("--density")

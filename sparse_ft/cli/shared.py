@@ -166,6 +166,7 @@ def worded(message: str, files: Sequence[str] = ()) -> str:
     message = message[found.end() :] if (found := _FUNCTION.match(message)) else message
     message = re.sub(r"\b(deltas|weights)\[(\d+)\]", named, message)
     message = message.replace(" to SparseDelta.load", "")
+    message = message.replace("fill=True", "--set fill=true")
     message = re.sub(r"rule '(\w+)' needs (\w+)=$", needed, message)
     return _ARGUMENT.sub(option, message)
 

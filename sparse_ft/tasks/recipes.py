@@ -45,6 +45,8 @@ class Recipe:
         density: Share of the eligible entries to tune, in (0, 1].
         criterion: A criterion of `sparse_ft.select`, by name.
         criterion_options: Its options, such as rank for "denoised".
+        fill: Where fewer than K entries moved, fill up with others, in their order, in place of an
+            error.
         iterations: Rounds of full tuning, selection, rewinding and sparse tuning.
         l1: λ of the full and of the sparse phase.
         epochs: Of the full and of the sparse phase; or steps.
@@ -78,6 +80,7 @@ class Recipe:
     density: float | None = None
     criterion: str = "magnitude"
     criterion_options: Mapping[str, Any] = field(default_factory=dict)
+    fill: bool = False
     iterations: int = 1
     l1: tuple[float, float] = (0.0, 0.0)
     epochs: tuple[float, float] | None = None
@@ -194,6 +197,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "metric": ("the name of a figure", lambda x: isinstance(x, str)),
     "evaluate_every": ('a whole number of steps, or "epoch"', lambda x: x == "epoch" or _whole(x)),
     "held_out": ("in (0, 1)", lambda x: _number(x) and 0 < x < 1),
+    "fill": ("true or false", lambda x: isinstance(x, bool)),
     "freeze_norms": ("true or false", lambda x: isinstance(x, bool)),
     "decouple": ("true or false", lambda x: isinstance(x, bool)),
     "precision": ("bf16 or fp16", lambda x: x in ("bf16", "fp16")),

@@ -206,7 +206,13 @@ def train(
             criterion = from_full(criterion, Path(full_model))
         k = _count(chosen, criterion, eligible)
         ticket = LotteryTicket(
-            model, k=k, iterations=chosen.iterations, l1=chosen.l1, criterion=criterion, seed=seed
+            model,
+            k=k,
+            iterations=chosen.iterations,
+            l1=chosen.l1,
+            criterion=criterion,
+            seed=seed,
+            fill=chosen.fill,
         )
         meta = {
             **identity,
