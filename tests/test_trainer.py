@@ -194,13 +194,13 @@ def test_equals_a_plain_loop_on_the_same_batches(tmp_path, accumulate, gather):
 
 
 def test_is_deterministic_and_seeded(tmp_path):
-    def run(name, seed):
+    def run(name, seed, draw):
         trainer = trainer_for(tmp_path / name, bert(dropout=0.1), seed=seed)
-        torch.rand(5)  # what others draw does not matter
+        torch.rand(draw)  # what others draw does not matter
         trainer.train()
         return trainer.delta.content_id
 
-    assert run("a", 1) == run("b", 1) != run("c", 2)
+    assert run("a", 1, 0) == run("b", 1, 5) != run("c", 2, 0)
 
 
 def test_random_criterion_skips_the_full_phase(tmp_path):
@@ -493,25 +493,32 @@ class Interrupt(TrainerCallback):
         self._at("end", args, state)
 
 
-def settings_of_a_run():
+def settings_of_a_run(best=True):
     return {
         "sft_args": sft(full_max_steps=11, sparse_max_steps=9, iterations=2, full_l1=0.1),
         "save_strategy": "steps",
         "save_steps": 3,
         "eval_strategy": "steps",
         "eval_steps": 3,
-        "load_best_model_at_end": True,
+        "load_best_model_at_end": best,
         "weight_decay": 0.05,
         "warmup_steps": 4,
+        # A step too many would show.
+        "lr_scheduler_type": "constant_with_warmup",
     }
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    trainer = trainer_for(folder, bert(dropout=0.1), **settings_of_a_run())
-    trainer.train()
-    return trainer.delta
+    """What a run ends with that reloads its best checkpoints, and one that does not."""
+    found = {}
+    for best in (True, False):
+        folder = tmp_path_factory.mktemp("run")
+        trainer = trainer_for(folder, bert(dropout=0.1), **settings_of_a_run(best))
+        trainer.train()
+        found[best] = trainer.delta
+    assert found[True] != found[False]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -527,20 +534,21 @@ def uninterrupted(tmp_path_factory):
     ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, uninterrupted, phase, step, event):
+    best = event == "step"
     own = {"callbacks": [Interrupt(phase, step, event)]}
-    trainer = trainer_for(tmp_path, bert(dropout=0.1), own=own, **settings_of_a_run())
+    trainer = trainer_for(tmp_path, bert(dropout=0.1), own=own, **settings_of_a_run(best))
     before = bits(trainer.model)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert same(bits(trainer.model), before)
     torch.rand(3)
-    trainer = trainer_for(tmp_path, bert(dropout=0.1), **settings_of_a_run())
+    trainer = trainer_for(tmp_path, bert(dropout=0.1), **settings_of_a_run(best))
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.delta == uninterrupted
+    assert trainer.delta == uninterrupted[best]
     assert next(iter(trainer.phase_states)) == phase
-    again = trainer_for(tmp_path, bert(dropout=0.1), **settings_of_a_run())
+    again = trainer_for(tmp_path, bert(dropout=0.1), **settings_of_a_run(best))
     assert again.train(resume_from_checkpoint=True).global_step == 0, "it was finished"
-    assert again.delta == uninterrupted
+    assert again.delta == uninterrupted[best]
     assert same(bits(again.model), bits(trainer.model))
 
 
@@ -559,7 +567,7 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, uninterrupt
     with pytest.raises(ValueError, match="is none of the phase that the run is in"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "full-1" / "checkpoint-3"))
     trainer.train(resume_from_checkpoint=str(tmp_path / "sparse-1" / "checkpoint-3"))
-    assert trainer.delta == uninterrupted
+    assert trainer.delta == uninterrupted[True]
 
 
 def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
@@ -746,14 +754,13 @@ def test_several_sources_are_evaluated_and_resumed(tmp_path):
         "eval_steps": 4,
         "save_strategy": "steps",
         "save_steps": 4,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
         "gradient_accumulation_steps": 2,
     }
     whole = multi(tmp_path / "a", sources=sources, **given)
     whole.train()
     for phase, step in (("full-1", 9), ("sparse-1", 7)):
         folder = tmp_path / phase
+        # The last checkpoint is in the second epoch, or in the first.
         trainer = multi(folder, sources=sources, **given)
         trainer.add_callback(Interrupt(phase, step, "step"))
         with pytest.raises(KeyboardInterrupt):
