@@ -285,9 +285,11 @@ def test_arguments_from_the_command_line_and_json(tmp_path):
 def test_criterion_options_are_checked():
     with pytest.raises(ValueError, match="must be a JSON object, got 'rank=3'"):
         SparseFineTuningArguments(criterion_options="rank=3").ranking()
-    with pytest.raises(ValueError, match="no criterion 'largest'; there are magnitude, "):
+    with pytest.raises(ValueError, match=r"no criterion 'largest'; there are .*magnitude"):
         SparseFineTuningArguments(criterion="largest", criterion_options="{}").ranking()
     assert SparseFineTuningArguments(criterion="random").ranking() == "random"
+    own = SparseFineTuningArguments(criterion="denoised", criterion_options='{"rank": 4}')
+    assert own.ranking().recipe()["rank"] == 4
 
 
 # --- evaluation and checkpoints -----------------------------------------------------------------
