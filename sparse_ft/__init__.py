@@ -21,7 +21,8 @@ from .optim import MaskedAdamW
 from .overlap import overlap
 from .registry import DeltaRegistry
 from .select import select
-from .snapshot import snapshot
+from .snapshot import Snapshot, snapshot
+from .sources import MultiSource
 from .tiles import Layout, Support
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "Loop",
     "LotteryTicket",
     "MaskedAdamW",
+    "MultiSource",
     "SFTError",
+    "Snapshot",
     "SparseDelta",
     "Support",
     "TrainingDiverged",

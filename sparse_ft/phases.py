@@ -250,10 +250,10 @@ class Phase:
                 if due:
                     self._bar.to(self.step)
                 if saving:
-                    self._check_losses()
+                    self.check_losses()
                     self._shared.save(self._captured(data, micro, keep))
                     self._saved_step = self.step
-            self._check_losses()
+            self.check_losses()
         finally:
             self.step_due = False
             if self._bar is not None:
@@ -271,9 +271,9 @@ class Phase:
         value = loss.detach() if isinstance(loss, Tensor) else loss
         self._losses.append((self.step + (not self.step_due), value))
         if len(self._losses) >= CHECK_EVERY:
-            self._check_losses()
+            self.check_losses()
 
-    def _check_losses(self) -> None:
+    def check_losses(self) -> None:
         if not self._losses:
             return
         losses, self._losses = self._losses, []

@@ -541,7 +541,7 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         does."""
         if self.phase is not None:
             # What is stored comes from before a divergence.
-            self.phase._check_losses()
+            self.phase.check_losses()
             if _internal_call and self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = output_dir
         if self.phase is not None or self.delta is None:
