@@ -274,6 +274,11 @@ class Phase:
             self.check_losses()
 
     def check_losses(self) -> None:
+        """Reads the losses that `log` has kept.
+
+        Raises:
+            TrainingDiverged: One is NaN or infinite.
+        """
         if not self._losses:
             return
         losses, self._losses = self._losses, []
