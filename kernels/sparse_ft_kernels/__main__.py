@@ -17,11 +17,24 @@ def main() -> None:
     print(f"{ENVIRONMENT}: {os.environ.get(ENVIRONMENT) or 'not set'}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
-        rows = explain(device)
-        width = max(len(op) for op, _, _ in rows)
-        print(f"\n{device}")
-        for op, backend, state in rows:
-            print(f"  {op:<{width}}  {backend:<9}  {state}")
+        chosen: dict[str, str] = {}
+        others: dict[str, list[str]] = {}
+        refused: dict[tuple[str, str], list[str]] = {}
+        for op, backend, state in explain(device):
+            others.setdefault(op, [])
+            if state == "chosen":
+                chosen[op] = backend
+            elif state == "available":
+                others[op].append(backend)
+            else:
+                refused.setdefault((backend, state), []).append(op)
+        width = max(map(len, others))
+        print(f"\n{device:<{width + 2}}  serves     could, too")
+        for op, rest in others.items():
+            print(f"  {op:<{width}}  {chosen.get(op, 'none'):<9}  {', '.join(rest)}".rstrip())
+        for (backend, reason), ops in refused.items():
+            which = "any op" if len(ops) == len(others) else ", ".join(ops)
+            print(f"  {backend} does not serve {which}: {reason}")
 
 
 if __name__ == "__main__":

@@ -494,7 +494,7 @@ def _progress(console: Any) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console,
+        console=console, disable=not console.is_terminal,
     )  # fmt: skip
 
 
@@ -502,16 +502,30 @@ def _progress(console: Any) -> Progress:
 def _step(progress: Progress, title: str, total: int) -> Iterator[Callable[[float | None], None]]:
     """Show a bar; yields a function to call after each part, with its loss if it has one."""
     bar = progress.add_task(title, total=total, note="")
+    # A file or a pipe gets no bar: a line when a step begins, and one when it is done.
+    lines = not progress.console.is_terminal
+    last = ""
+    start = time.perf_counter()
+    if lines:
+        progress.console.print(f"{title}: {total} steps …", highlight=False)
 
     def tick(loss: float | None) -> None:
-        progress.update(bar, advance=1, note="" if loss is None else f"loss {loss:.2f}")
+        nonlocal last
+        last = "" if loss is None else f"loss {loss:.2f}"
+        progress.update(bar, advance=1, note=last)
 
     yield tick
     progress.update(bar, completed=total)
+    if lines:
+        seconds = f"{time.perf_counter() - start:.0f} s"
+        said = ", ".join(part for part in (last, seconds) if part)
+        progress.console.print(f"{title}: done, {said}", highlight=False)
 
 
 def _reused(progress: Progress, title: str) -> None:
     progress.add_task(title, total=1, completed=1, note="stored, reused")
+    if not progress.console.is_terminal:
+        progress.console.print(f"{title}: stored, reused", highlight=False)
 
 
 def _digest_texts(texts: Sequence[str]) -> str:
