@@ -73,7 +73,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     The update is that of `torch.optim.AdamW` (decoupled decay, bias correction, ε outside the
     square root), in fp32 whatever the data type of the weights. The state of an entry is its
     distance δ from the start, and two moments: 12 bytes for each selected entry, nothing for the
-    rest. The weight is always round(θ0 + δ), so δ is the sparse fine-tuning φ itself, without a
+    rest; θ0 and, with clipping or hooks, the compact gradient lie beside it: 16 to 20 in all. The weight is always round(θ0 + δ), so δ is the sparse fine-tuning φ itself, without a
     subtraction at the end.
 
     A trainable parameter outside the layout of the support is a *head*: all of it is tuned, by the
@@ -375,7 +375,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         if self._hooked or self.max_grad_norm is not None:
             norms = []
             for group, unit, grads in work:
-                out = unit.gathered if self._hooked else torch.empty_like(unit.exp_avg)
+                if unit.gathered.numel() != unit.support.nnz:
+                    # Kept: the first write to fresh memory costs more than the gathering.
+                    unit.gathered = torch.empty_like(unit.exp_avg)
+                out = unit.gathered
                 if self._hooked:
                     _fill_missing(unit)
                 norm_sq, _ = gather(

@@ -40,11 +40,13 @@ def tensors(optimizer: sf.MaskedAdamW) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize(("gather", "each"), [("step", 16), ("hook", 20)])
-def test_the_state_has_16_or_20_bytes_an_entry(gather, each):
+@pytest.mark.parametrize(
+    ("gather", "norm", "each"), [("step", None, 16), ("step", 1.0, 20), ("hook", None, 20)]
+)
+def test_the_state_has_16_or_20_bytes_an_entry(gather, norm, each):
     net = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 500))
     support = sf.select(net, k=10_001, criterion="random")
-    optimizer = sf.MaskedAdamW(net, support, gather=gather, max_grad_norm=1.0)
+    optimizer = sf.MaskedAdamW(net, support, gather=gather, max_grad_norm=norm)
     for _ in range(2):
         net(torch.randn(4, 300)).square().sum().backward()
         optimizer.step()
