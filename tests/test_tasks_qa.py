@@ -1,6 +1,7 @@
 """Extractive question answering: spans, windows, and that models learn."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -28,6 +29,31 @@ def example(line, question, answer):
     context = task_models.TEXT[line]
     answers = {"text": [answer], "answer_start": [context.index(answer)]}
     return {"question": question, "context": context, "answers": answers}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_backbone_is_that_of_the_base(bases, name):
+    """Bit for bit and by the same names, or no SFT of a language would fit."""
+    from transformers import AutoModel
+
+    model, base = TASK().build(bases[name]), AutoModel.from_pretrained(bases[name])
+    own = dict(model.named_parameters())
+    prefix = base.base_model_prefix
+    for tensor, value in base.named_parameters():
+        if "pooler" not in tensor:
+            assert torch.equal(own[f"{prefix}.{tensor}"], value), tensor
+
+
+def test_a_base_that_lacks_weights_is_refused(bases, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(bases["bert"], tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
+    kept = {n: t for n, t in weights.items() if "layer.0.output.dense.weight" not in n}
+    assert len(kept) == len(weights) - 1
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for 1 of the .*layer.0.output.dense.weight"):
+        TASK().build(folder)
 
 
 def questions():

@@ -81,6 +81,13 @@ def test_heads_have_two_layers_on_the_first_piece(bases):
         assert names <= found
 
 
+def test_a_base_with_a_head_of_another_size_is_refused(bases, tmp_path):
+    TASK().build(bases["bert"], ["a", "b", "c"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="have other shapes than this task needs"):
+        TASK().build(tmp_path, ["a", "b"])
+    assert TASK().build(tmp_path, ["a", "b", "c"]).config.num_labels == 3
+
+
 def test_files(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("text,label\nfine,good\npoor,bad\n", encoding="utf-8")

@@ -277,12 +277,14 @@ def label_ids(labels: Sequence[str] | None) -> dict[str, int]:
     return {label: i for i, label in enumerate(labels)}
 
 
-def unknown_label(examples: Sequence[dict[str, Any]], i: int, label: Any, known: Any) -> DataError:
+def unknown_label(
+    examples: Sequence[dict[str, Any]], i: int, label: Any, known: Any, hint: str = ""
+) -> DataError:
     """The error for a label that the head does not tell apart."""
     names = ", ".join(map(str, known))
     return DataError(
         f"{data.where(examples, i)}: the label {label!r} is not one of the model's "
-        f"{len(known)} labels ({names})"
+        f"{len(known)} labels ({names}){hint}"
     )
 
 

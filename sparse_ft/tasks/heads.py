@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+
+from ..families import backbone_names
 
 __all__ = ["load_model", "load_tokenizer"]
 
@@ -36,10 +38,9 @@ def load_model(
 
     Raises:
         OSError: There is no such model, or it cannot be read or reached.
-        ValueError: transformers has no such head for this kind of model.
+        ValueError: transformers has no such head for this kind of model, the base has a head of
+            another size, or its weights do not fit.
     """
-    import transformers
-
     options = {"dtype": torch.float32, **options}
     if labels is not None:
         options |= {
@@ -50,14 +51,59 @@ def load_model(
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            model: nn.Module = getattr(transformers, auto).from_pretrained(
-                os.fspath(base), **options
+            model, loaded = _class(base, auto).from_pretrained(
+                os.fspath(base), output_loading_info=True, **options
             )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{base}: some of its weights, such as those of a head, have other shapes than this "
+            "task needs; give the labels that its head tells apart, or a base without a head"
+        ) from None
     except (OSError, ValueError, SafetensorError) as error:
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"{base}: transformers has no {auto} for this kind of model") from None
         raise _not_found(base, "model", error) from None
-    return model
+    _check_backbone(base, model, loaded["missing_keys"])
+    found: nn.Module = model
+    return found
+
+
+def _class(base: str | os.PathLike[str], auto: str) -> Any:
+    """The class to load a model with.
+
+    Llama's and Qwen's question answering call their backbone otherwise than the other heads do: no
+    weight of a base would be found, and no SFT of a language would fit. Such a class is given its
+    family's name for it.
+    """
+    import transformers
+
+    known = getattr(transformers, auto)
+    if auto != "AutoModelForQuestionAnswering":
+        return known
+    config = transformers.AutoConfig.from_pretrained(os.fspath(base))
+    kind = known._model_mapping.get(type(config), None)
+    if kind is None or "base_model_prefix" not in vars(kind):
+        return known
+    prefix = super(kind, kind).base_model_prefix
+    own = {"base_model_prefix": prefix, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), own)
+
+
+def _check_backbone(base: str | os.PathLike[str], model: nn.Module, missing: Iterable[str]) -> None:
+    """Refuses a backbone of which the base has not all weights: the rest would be random. A pooler
+    is the exception, as masked language models have none.
+
+    Raises:
+        ValueError: It names a weight that is missing.
+    """
+    wanted = backbone_names(model)
+    if absent := sorted(name for name in missing if name in wanted and "pooler" not in name):
+        raise ValueError(
+            f"{base}: has no weights for {len(absent)} of the {len(wanted)} tensors of the model's "
+            f"backbone, such as {absent[0]}; they would be random. Name a base of the same kind"
+        )
 
 
 def load_tokenizer(base: str | os.PathLike[str], *, words: bool = False) -> Any:

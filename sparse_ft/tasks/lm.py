@@ -53,6 +53,7 @@ class _LanguageModelling(Task):
     LT-SFT reference does (`line_by_line=False`). Nothing is dropped but a remainder of one piece.
 
     Attributes:
+        metric: "loss" or "perplexity".
         text: The field that holds the text.
     """
 
@@ -60,6 +61,10 @@ class _LanguageModelling(Task):
 
     metric: str = "loss"
     text: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("loss", "perplexity"):
+            raise ValueError(f'metric is {self.metric!r}; {self.name} has "loss" and "perplexity"')
 
     def checked(self, examples: Examples) -> Examples:
         for i in range(len(examples)):
@@ -143,6 +148,7 @@ class MaskedLM(_LanguageModelling):
     mask_seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.probability <= 1:
             raise ValueError(f"probability must lie in (0, 1], got {self.probability}")
 

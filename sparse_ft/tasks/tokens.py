@@ -125,7 +125,8 @@ class TokenClassification(Task):
         for i, example in enumerate(examples):
             for tag in example[self.tags]:
                 if tag not in ids:
-                    raise unknown_label(examples, i, tag, labels)
+                    hint = f'; outside=["{tag[2:]}"] counts it as none' if tag[1:2] == "-" else ""
+                    raise unknown_label(examples, i, tag, labels, hint)
             words, counts = reader.readable(example[self.tokens], where(examples, i))
             for start, end, first, last in windows(counts, room):
                 encoding = reader.encode(words[start:end], max_length)
