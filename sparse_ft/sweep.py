@@ -21,9 +21,10 @@ from torch import nn
 
 from .criteria import Candidates, Choice, Criterion, as_criterion
 from .delta import SparseDelta
-from .files import new_file
+from .files import canonical, new_file
 from .lottery import LotteryTicket, Phase
 from .overlap import new_figure
+from .runs import _differences
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +40,7 @@ __all__ = [
     "from_full",
 ]
 
+MADE_BY = "made_by"
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 """Shares of the eligible entries, over the range of the paper's figure 3."""
 
@@ -192,18 +194,20 @@ def density_sweep(
 
 
 def evaluate_grid(
-    languages: Mapping[float, SparseDelta],
-    tasks: Mapping[float, SparseDelta],
+    languages: Mapping[float, SparseDelta | Path],
+    tasks: Mapping[float, SparseDelta | Path],
     evaluate: Callable[[SparseDelta, SparseDelta], float],
     path: str | os.PathLike[str],
+    measure: str = "",
 ) -> Sweep:
     """Evaluates every SFT of a language with every SFT of a task.
 
     Args:
-        languages: The language's SFTs by density.
-        tasks: The task's SFTs by density.
+        languages: The language's SFTs by density, or their files, of which one is held at a time.
+        tasks: The task's SFTs by density, likewise.
         evaluate: `(language SFT, task SFT) -> score`; composes them and measures.
-        path: A file of lines of JSON; what it has is not evaluated again.
+        path: A file of lines of JSON; what it has of the same measure is not evaluated again.
+        measure: What `evaluate` does, such as a digest of its data.
 
     Returns:
         The grid.
@@ -214,21 +218,23 @@ def evaluate_grid(
     path = Path(path)
     known = dict(_cells(path))
     columns, rows = sorted(languages.items()), sorted(tasks.items())
+    ids_of = {id(sft): _loaded(sft).content_id for _, sft in (*columns, *rows)}
     scores = np.empty((len(rows), len(columns)))
     for i, (task_density, task) in enumerate(rows):
         for j, (language_density, language) in enumerate(columns):
-            ids = (language.content_id, task.content_id)
-            if ids not in known:
-                score = float(evaluate(language, task))
+            ids = ids_of[id(language)], ids_of[id(task)]
+            key = (*ids, measure)
+            if key not in known:
+                score = float(evaluate(_loaded(language), _loaded(task)))
                 if not np.isfinite(score):
                     raise ValueError(
                         f"density_sweep: evaluate gave {score} for the densities "
                         f"{language_density:g} (language) and {task_density:g} (task)"
                     )
                 cell = {"language": language_density, "task": task_density, "score": score}
-                _append(path, {**cell, "ids": ids})
-                known[ids] = score
-            scores[i, j] = known[ids]
+                _append(path, {**cell, "ids": ids, "measure": measure})
+                known[key] = score
+            scores[i, j] = known[key]
     return Sweep(tuple(sorted(languages)), tuple(sorted(tasks)), scores)
 
 
@@ -263,14 +269,30 @@ def fit_densities(
     base = as_criterion(options.pop("criterion", "magnitude"))
     deltas = {}
     for density in check_densities("densities", densities):
-        criterion = from_full(base, place / "full.safetensors")
-        ticket = LotteryTicket(spec.model, density=density, criterion=criterion, **options)
-        run = place / f"{density:g}"
+        ticket = LotteryTicket(spec.model, density=density, criterion=base, **options)
+        made_by = made_with(ticket, spec.train, spec.meta)
+        ticket.criterion = from_full(base, place / "full.safetensors", made_by)
+        run = place / f"{density}"
         deltas[density] = ticket.fit(spec.train, run, save_every, progress=progress, **spec.meta)
     return deltas
 
 
-def from_full(base: Criterion, path: Path) -> Criterion:
+def made_with(
+    ticket: LotteryTicket, train: Callable[[Phase], Any], meta: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides the fully tuned model of a ticket's first phase, as JSON values: all that
+    decides its result, but for K and what only the selection looks at.
+
+    Raises:
+        ValueError: It has several full phases.
+    """
+    if ticket.iterations > 1:
+        raise ValueError("density_sweep: iterations have a full phase each; a sweep has one")
+    other = ("k_requested", "eps", "tie")
+    return {key: value for key, value in ticket._settings(train, meta).items() if key not in other}
+
+
+def from_full(base: Criterion, path: Path, made_by: Mapping[str, Any]) -> Criterion:
     """A criterion that ranks a fully tuned model on disk, so that tickets share one full phase.
 
     The first ticket tunes, and its model goes into the file before its selection counts; the others
@@ -279,19 +301,26 @@ def from_full(base: Criterion, path: Path) -> Criterion:
     Args:
         base: The criterion that ranks.
         path: The file, for the eligible parameters in full.
+        made_by: What decides them, as `made_with` says it; stored in the file. A file that was made
+            by something else is refused.
 
     Raises:
-        ValueError: The criterion takes fixed entries and ranks none.
+        ValueError: The criterion takes fixed entries and ranks none, or the file is of another
+            model, of other data or of other settings.
     """
     rank = base.choose
     if rank is None:
         raise ValueError(f'density_sweep: criterion "{base.name}" fixes its entries; it ranks none')
 
+    settings = json.loads(canonical(made_by))
+    if path.exists():
+        _check_made(path, settings)
+
     def choose(candidates: Candidates) -> Choice:
         if not path.exists():
             now = dict(zip(candidates.names, candidates.current, strict=True))
             with new_file("density_sweep", str(path)) as temporary:
-                save_file(now, temporary)
+                save_file(now, temporary, {MADE_BY: canonical(settings)})
         with safe_open(path, framework="pt", device=str(candidates.device)) as file:
             current = [file.get_tensor(name) for name in candidates.names]
         # Without the info by which `select` refuses to fill up.
@@ -299,6 +328,21 @@ def from_full(base: Criterion, path: Path) -> Criterion:
         return idx, ptr, None, told
 
     return replace(base, choose=choose, needs_training=base.needs_training and not path.exists())
+
+
+def _check_made(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses a fully tuned model that other settings have made.
+
+    Raises:
+        ValueError: It names the first that differ.
+    """
+    with safe_open(path, framework="pt") as file:
+        stored = json.loads((file.metadata() or {}).get(MADE_BY, "{}"))
+    if changes := _differences(stored, settings):
+        raise ValueError(
+            f"{str(path)!r} was tuned with other settings: {'; '.join(changes[:3])}. Use those, "
+            "name another folder, or delete the file"
+        )
 
 
 def check_densities(name: str, densities: Sequence[float]) -> list[float]:
@@ -317,8 +361,9 @@ def check_densities(name: str, densities: Sequence[float]) -> list[float]:
     return shares
 
 
-def _cells(path: Path) -> Iterator[tuple[tuple[str, str], float]]:
-    """Scores by the ids of the two SFTs; a last line that was never finished is left out."""
+def _cells(path: Path) -> Iterator[tuple[tuple[str, str, str], float]]:
+    """Scores by the ids of the two SFTs and the measure, but for a last line that was never
+    finished."""
     if not path.exists():
         return
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
@@ -326,12 +371,16 @@ def _cells(path: Path) -> Iterator[tuple[tuple[str, str], float]]:
         try:
             cell = json.loads(line)
             language, task = cell["ids"]
-            yield (language, task), float(cell["score"])
+            yield (language, task, cell.get("measure", "")), float(cell["score"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"density_sweep: line {number} of {str(path)!r} is no cell of a sweep; delete the "
                 "line to have the cell evaluated again"
             ) from None
+
+
+def _loaded(sft: SparseDelta | Path) -> SparseDelta:
+    return SparseDelta.load(sft) if isinstance(sft, Path) else sft
 
 
 def _append(path: Path, cell: Mapping[str, Any]) -> None:

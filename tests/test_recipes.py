@@ -111,15 +111,32 @@ def test_one_number_counts_for_both_phases():
 def test_steps_take_the_place_of_epochs_and_their_limits():
     r = recipe("lt-sft-language", steps=(100, 200))
     assert (r.epochs, r.steps, r.min_steps, r.max_steps) == (None, (100, 200), None, None)
+    assert [length.resolve(7) for length in recipe("lt-sft-language", epochs=1).lengths()] == [7, 7]
+    assert recipe("lt-sft-language", epochs=1, max_steps=5).lengths()[0].resolve(7) == 5
     assert recipe("lt-sft-language", min_steps=5).min_steps == 5
 
 
 def test_density_takes_the_place_of_k():
     r = recipe("lt-sft-nli", density=0.05)
     assert (r.k, r.density) == (None, 0.05)
-    assert not r.full_tuning
     assert recipe("causal-language", k=10).density is None
-    assert recipe("lt-sft-nli", k=None).full_tuning
+
+
+def test_full_tuning_selects_nothing_and_stays_near_nothing():
+    r = recipe("deft-x-language", full=True, steps=5)
+    assert (r.k, r.density, r.l1, r.iterations) == (None, None, (0, 0), 1)
+    assert (r.freeze_norms, r.decouple, r.criterion_options) == (False, False, {})
+    assert not {"k", "l1", "criterion", "iterations"} & r.to_dict().keys()
+    assert r.changed(lr=1e-3).full
+
+
+def test_a_criterion_has_its_own_options_and_its_own_entries():
+    assert recipe("deft-x-nli", criterion="magnitude").criterion_options == {}
+    assert recipe("deft-x-nli", criterion="denoised").criterion_options == {"rank": "var:0.9"}
+    r = recipe("deft-x-nli", criterion="snip", criterion_options={"samples": 3})
+    assert r.criterion_options == {"samples": 3}
+    r = recipe("lt-sft-nli", criterion="bias")
+    assert (r.k, r.density) == (None, None)
 
 
 def test_what_changed_is_told_apart():
@@ -127,6 +144,8 @@ def test_what_changed_is_told_apart():
     said = recipe("lt-sft-nli", lr=1e-3).to_dict()
     assert said["preset"] == "lt-sft-nli"
     assert said["lr"] == 1e-3
+    assert said["changed"] == ["lr"]
+    assert "changed" not in RECIPES["lt-sft-nli"].to_dict()
     assert json.loads(json.dumps(said)) == said
 
 
@@ -136,6 +155,10 @@ def test_what_changed_is_told_apart():
         ({"k": 0}, "k must be a whole number of at least 1; found 0"),
         ({"k": True}, "k must be"),
         ({"k": 5, "density": 0.1}, "give k or density, not both"),
+        ({"k": None}, "k or density is needed; full=true tunes every entry"),
+        ({"full": True, "density": 0.1}, "full tunes every entry, without density"),
+        ({"full": True, "criterion": "weight"}, "full tunes every entry, without criterion"),
+        ({"criterion": "bias", "density": 0.1}, "criterion 'bias' fixes its entries; give nei"),
         ({"steps": 5, "epochs": 1}, "give steps or epochs, not both"),
         ({"density": 0.0}, r"density must be in \(0, 1\]; found 0.0"),
         ({"density": 1.5}, "density"),

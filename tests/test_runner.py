@@ -1,6 +1,7 @@
 """Whole runs on tiny models: language, task, evaluation; stopped and continued; what is refused."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -187,17 +188,19 @@ def test_random_entries_need_no_full_phase(there, tmp_path):
 
 @pytest.mark.parametrize("name", ["gradient", "fisher", "snip", "weight", "bias", "denoised"])
 def test_other_criteria(there, tmp_path, name):
-    made = ner(there, tmp_path / "x.safetensors", {"criterion": name})
+    settings = {"criterion": name, **({"density": None} if name == "bias" else {})}
+    made = ner(there, tmp_path / "x.safetensors", settings)
     said = made.delta.meta["recipe"]
     assert said["criterion"] == name
     assert said.get("approximation", False) == (name in ("gradient", "fisher", "snip"))
     assert [p["phase"] for p in made.phases] == ["full", "sparse"][name != "denoised" :]
     counts = made.delta.support.counts()
+    assert said["k_requested"] == made.delta.nnz
     if name == "bias":
         assert {n for n, c in counts.items() if c} == {n for n in counts if "bias" in n}
     else:
         assert made.delta.nnz == int(0.1 * made.delta.layout.numel)
-    again = ner(there, tmp_path / "y.safetensors", {"criterion": name})
+    again = ner(there, tmp_path / "y.safetensors", settings)
     assert again.delta.content_id == made.delta.content_id
 
 
@@ -216,10 +219,11 @@ def test_the_denoised_mask_is_that_of_deft_x(there, tmp_path):
 
 
 def test_full_tuning_moves_every_entry(there, tmp_path):
-    full = {"density": None, "k": None, "freeze_norms": False}
+    full = {"density": None, "full": True}
     made = ner(there, tmp_path / "x.safetensors", full)
     assert [p["phase"] for p in made.phases] == ["sparse"]
-    assert made.delta.meta["recipe"]["method"] == "full"
+    said = made.delta.meta["recipe"]
+    assert (said["method"], said["criterion"], said["l1"]) == ("full", "full", 0)
     assert made.delta.nnz == made.delta.layout.numel
     assert any("LayerNorm" in name for name in made.delta.layout.names)
     (row,) = evaluate(there / "bert", made.path, there / "test.conll")
@@ -289,15 +293,27 @@ def test_a_stopped_run_continues_to_the_same_bits(there, tmp_path, monkeypatch, 
     assert len(calls) - seen <= 12 - (at - 1) + 2
 
 
-def test_a_finished_run_is_not_computed_again(there, tmp_path, monkeypatch):
-    first = ner(there, tmp_path / "x.safetensors")
+@pytest.mark.parametrize("criterion", ["magnitude", "fisher"])
+def test_a_finished_run_is_not_computed_again(there, tmp_path, monkeypatch, criterion):
+    settings = {"criterion": criterion}
+    first = ner(there, tmp_path / "x.safetensors", settings)
     monkeypatch.setattr(type(runner.TASKS["tokens"]()), "loss", None)
-    again = ner(there, tmp_path / "x.safetensors")
+    again = ner(there, tmp_path / "x.safetensors", settings)
     assert again.delta.content_id == first.delta.content_id
     assert again.phases == first.phases
     (tmp_path / "x.safetensors").unlink()
-    ner(there, tmp_path / "x.safetensors")
+    ner(there, tmp_path / "x.safetensors", settings)
     assert (tmp_path / "x.safetensors").exists()
+
+
+def test_what_only_names_the_result_is_no_other_run(there, tmp_path, monkeypatch):
+    first = ner(there, tmp_path / "x.safetensors")
+    monkeypatch.setattr(type(runner.TASKS["tokens"]()), "loss", None)
+    again = ner(there, tmp_path / "x.safetensors", name="entities", license="mit")
+    stored = sf.SparseDelta.load(tmp_path / "x.safetensors")
+    assert (stored.meta["task"], stored.meta["license"]) == ("entities", "mit")
+    assert torch.equal(stored.val, first.delta.val)
+    assert again.delta.content_id == stored.content_id
 
 
 # --- several sources ----------------------------------------------------------------------------
@@ -398,6 +414,37 @@ def test_an_sft_that_records_nothing_is_described(there, tmp_path):
     assert rows[0] == rows[1]
 
 
+def test_labels_that_the_head_has_not_are_refused(there):
+    task = sf.SparseDelta.load(there / "ner.safetensors")
+    for labels in (["B-PER", "B-LOC", "O"], ["B-LOC", "B-PER"]):
+        with pytest.raises(RunError, match="records the labels B-LOC, B-PER, O, in this order"):
+            evaluate(there / "bert", task, there / "test.conll", labels=labels)
+    same = evaluate(there / "bert", task, there / "test.conll", labels=["B-LOC", "B-PER", "O"])
+    assert same == evaluate(there / "bert", task, there / "test.conll")
+    bare = sf.SparseDelta(task.support, task.val, task.heads, {"base": task.meta["base"]})
+    with pytest.raises(RunError, match="records no labels; give each with --label"):
+        evaluate(there / "bert", bare, there / "test.conll", kind="tokens")
+
+
+def test_what_has_no_effect_is_said(there, tmp_path):
+    with pytest.raises(RunError, match="weight is of the languages' SFTs, and none is given"):
+        evaluate(there / "bert", there / "sw.safetensors", there / "text.txt", weight=0.5)
+    with pytest.raises(ValueError, match="max_length is 0"):
+        evaluate(there / "bert", there / "ner.safetensors", there / "test.conll", max_length=0)
+    said = []
+    ner(there, tmp_path / "x.safetensors", {"evaluate_every": None}, note=said.append)
+    assert said == [
+        "the recipe evaluates nothing (evaluate_every), so the validation data are not used"
+    ]
+
+
+def test_an_error_names_the_one_of_several_files(there, tmp_path):
+    (tmp_path / "b.conll").write_text("Anna B-PER\n\nthe O\nLima B-ORG\n")
+    files = [there / "train.conll", tmp_path / "b.conll"]
+    with pytest.raises(ValueError, match=r"^\S*/b.conll, line 3: .*'B-ORG'.*outside=\[\"ORG\"\]"):
+        ner(there, tmp_path / "x.safetensors", data=files, labels=["B-LOC", "B-PER", "O"])
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -429,10 +476,37 @@ def test_an_output_of_another_run_is_not_replaced(there, tmp_path):
     assert path.read_bytes() != (there / "sw.safetensors").read_bytes()
     # Something else in the place of a finished run's output.
     path.write_bytes((there / "sw.safetensors").read_bytes())
-    with pytest.raises(FileExistsError, match="is not of this run; --force replaces it"):
+    with pytest.raises(FileExistsError, match=r"x.run holds no run that it is of; --force rep"):
         ner(there, path)
     ner(there, path, force=True)
     assert sf.SparseDelta.load(path).content_id == made.delta.content_id
+
+
+def test_fresh_replaces_nothing_of_another_run(there, tmp_path):
+    path, folder = tmp_path / "x.safetensors", tmp_path / "own.run"
+    path.write_bytes((there / "sw.safetensors").read_bytes())
+    with pytest.raises(FileExistsError, match="holds no run that it is of"):
+        ner(there, path, run=folder, fresh=True)
+    made = ner(there, tmp_path / "y.safetensors", run=folder)
+    with pytest.raises(FileExistsError, match="holds no run that it is of"):
+        ner(there, path, run=folder, fresh=True)
+    assert path.read_bytes() == (there / "sw.safetensors").read_bytes()
+    assert ner(there, made.path, run=folder, fresh=True).delta.content_id == made.delta.content_id
+
+
+def test_fresh_leaves_the_log_of_a_run_that_is_at_work(there, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    made = ner(there, tmp_path / "x.safetensors")
+    log = (made.folder / "log.jsonl").read_bytes()
+    monkeypatch.setattr("sparse_ft.runs.WAIT", 0.0)
+    lock = os.open(made.folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another process works on this run"):
+            ner(there, tmp_path / "x.safetensors", fresh=True)
+    finally:
+        os.close(lock)
+    assert (made.folder / "log.jsonl").read_bytes() == log
 
 
 def test_another_run_in_the_folder_is_refused(there, tmp_path):
@@ -468,8 +542,13 @@ def test_another_run_in_the_folder_is_refused(there, tmp_path):
         ({}, {"labels": ["O", "B-PER"]}, "train.conll, line .*the label 'B-LOC' is not one of"),
         ({}, {"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         ({}, {"lang": "e n"}, "lang: 'e n' is no language tag"),
-        ({}, {"options": {"foo": 1}}, "neither the task tokens .* nor the reader .* options foo"),
+        ({}, {"options": {"foo": 1}}, "neither the task tokens .* nor the reader .* takes foo=1"),
         ({}, {"valid": "text.txt"}, "text.txt, line 1"),
+        ({}, {"labels": ["O", "B-PER", "B-LOC", "O"]}, "labels: 'O' stands there twice"),
+        ({}, {"options": {"tag": "x"}}, r"train.conll: neither the task .* takes tag='x' \("),
+        ({}, {"options": {"tokens": 1}}, "tokens: the option tokens must be str; found 1"),
+        ({}, {"options": {"scheme": 2}}, r"tokens: the option scheme must be str \| None; found 2"),
+        ({"iterations": 2}, {"full_model": "full.safetensors"}, "full_model is of one full phase"),
     ],
     ids=str,
 )

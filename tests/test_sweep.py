@@ -11,7 +11,7 @@ from test_docs import ROOT, blocks
 from torch import nn
 
 import sparse_ft as sf
-from sparse_ft.sweep import Sweep, TrainSpec, density_sweep, fit_densities
+from sparse_ft.sweep import Sweep, TrainSpec, density_sweep, evaluate_grid, fit_densities
 
 DENSITIES = (0.1, 0.4, 1.0)
 
@@ -103,6 +103,40 @@ def test_a_kill_between_phases_keeps_the_full_phase(tmp_path: Path) -> None:
     assert again.train.phases == ["sparse"] * 3
     whole = fit_densities(spec(), DENSITIES, tmp_path / "whole")
     assert [d.content_id for d in deltas.values()] == [d.content_id for d in whole.values()]
+
+
+def test_a_full_model_of_others_is_refused(tmp_path: Path) -> None:
+    fit_densities(spec(), [0.1], tmp_path)
+    before = (tmp_path / "full.safetensors").read_bytes()
+    torch.manual_seed(1)
+    for other in (
+        TrainSpec(Tiny(), Training(0), {"l1": 0.1}, {"role": "task"}),
+        TrainSpec(spec().model, Training(0), {"l1": 0.2}, {"role": "task"}),
+    ):
+        with pytest.raises(ValueError, match=r"full.safetensors' was tuned with other settings"):
+            fit_densities(other, [0.4], tmp_path)
+    assert (tmp_path / "full.safetensors").read_bytes() == before
+    assert not (tmp_path / "0.4").exists()
+    with pytest.raises(ValueError, match="iterations have a full phase each"):
+        fit_densities(TrainSpec(Tiny(), Training(0), {"iterations": 2}), [0.4], tmp_path / "n")
+
+
+def test_densities_that_print_alike_are_two(tmp_path: Path) -> None:
+    deltas = fit_densities(spec(), [0.4, 0.40000001], tmp_path)
+    assert len(deltas) == 2
+    assert {"0.4", "0.40000001"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_cells_of_another_measure_are_others(tmp_path: Path) -> None:
+    deltas = fit_densities(spec(), [0.1], tmp_path)
+    files = {0.1: tmp_path / "x.safetensors"}
+    deltas[0.1].save(files[0.1])
+    path = tmp_path / "cells.jsonl"
+    for measure, score in (("a", 1.0), ("b", 2.0)):
+        for sfts in (deltas, files):
+            found = evaluate_grid(sfts, deltas, lambda *pair, s=score: s, path, measure)
+            assert found.scores.tolist() == [[score]]
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_entries_that_never_moved_fill_up(tmp_path: Path) -> None:

@@ -130,14 +130,12 @@ def _settings(
     settings |= _named_values("--set", setting)
     if random and full:
         raise typer.BadParameter("--random and --full exclude one another")
-    if random:
-        if settings.setdefault("criterion", "random") != "random":
-            raise typer.BadParameter(f"--random and --criterion {criterion} exclude one another")
-        settings["criterion_options"] = {}
+    if random and settings.setdefault("criterion", "random") != "random":
+        raise typer.BadParameter(f"--random and --criterion {criterion} exclude one another")
     if full:
         if {"k", "density", "criterion"} & settings.keys():
             raise typer.BadParameter("--full tunes every entry: no --k, --density or --criterion")
-        settings |= {"k": None, "density": None, "freeze_norms": False}
+        settings["full"] = True
     return preset, settings
 
 
@@ -318,6 +316,7 @@ def presets(as_json: Json = False) -> None:
     for name, r in RECIPES.items():
         batch = f"{r.accumulate} × {r.batch_size}" if r.accumulate > 1 else r.batch_size
         size = f"density {r.density}" if r.k is None else f"K {r.k:,}"
+        ours = f"not published, ours: {', '.join(r.unstated)}" if r.unstated else ""
         chosen = "the last state" if r.evaluate_every is None else r.metric
         parts = [
             r.task,
@@ -327,9 +326,10 @@ def presets(as_json: Json = False) -> None:
             f"lr {r.lr:g}",
             f"λ {r.l1[0]:g}",
             chosen,
+            ours,
         ]
         typer.echo(f"{name} ({r.origin}): {r.about}")
-        print_folded("    ", "; ".join(str(part) for part in parts))
+        print_folded("    ", "; ".join(str(part) for part in parts if part))
 
 
 @app.command()
@@ -439,6 +439,9 @@ def sweep(
         int, typer.Option(min=1, help="Steps from one saved state to the next.")
     ] = 500,
     device: Device = "auto",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over, whatever the folder holds.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compose every density of a language with every density of a task (the paper's figure 3).
@@ -446,7 +449,7 @@ def sweep(
     Each of the two is tuned in full once. Killed or stopped, the same command continues; a density
     added later costs itself alone. The folder gets grid.csv and, with matplotlib, grid.png.
     """
-    with _training_errors(folder):
+    with _training_errors(folder, fresh):
         from sparse_ft.sweep import DENSITIES
         from sparse_ft.tasks import density as densities
 
@@ -472,6 +475,7 @@ def sweep(
             seed=seed,
             save_every=save_every,
             device=device,
+            fresh=fresh,
         )
         grid.to_csv(folder / "grid.csv")
         _plot(grid, folder / "grid.png", task.metric or "score")
@@ -519,8 +523,8 @@ def _train(
     **rest: Any,
 ) -> None:
     """Trains, and says what came of it; `given` says whether the kind was asked for by name."""
-    run = rest["run"] or output.with_suffix(".run")
-    with _training_errors(run):
+    run = rest["run"] or output.parent / f"{output.stem}.run"
+    with _training_errors(run, rest["fresh"]):
         from sparse_ft.tasks import runner
 
         trained = runner.train(
@@ -578,7 +582,7 @@ def _pair(text: str | None) -> Any:
 
 
 @contextmanager
-def _training_errors(run: Path | None = None) -> Iterator[None]:
+def _training_errors(run: Path | None = None, fresh: bool = False) -> Iterator[None]:
     """Ends the command with one line where something is refused, missing or goes wrong."""
     from torch import OutOfMemoryError
 
@@ -600,7 +604,8 @@ def _training_errors(run: Path | None = None) -> Iterator[None]:
         said = str(error).partition(". ")[0]
         fail(f"{said}; a smaller --batch-size with a larger --accumulate needs less")
     except KeyboardInterrupt:
-        said = f"; the same command continues from {run}" if run and run.exists() else ""
+        command = "the same command, without --fresh," if fresh else "the same command"
+        said = f"; {command} continues from {run}" if run and run.exists() else ""
         note(f"stopped{said}")
         raise typer.Exit(STOPPED) from None
 

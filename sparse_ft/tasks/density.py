@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..compose import compose
 from ..delta import SparseDelta
+from ..families import decouple_output_embeddings
+from ..files import canonical
 from ..sweep import DENSITIES, Sweep, check_densities, evaluate_grid
 from .recipes import Recipe
 from .recipes import recipe as preset
-from .runner import PathLike, RunError, evaluate, train
+from .runner import (
+    EVALUATED_AT_ONCE,
+    PathLike,
+    RunError,
+    _described,
+    _device,
+    _examples,
+    planned,
+    train,
+)
 
 __all__ = ["sweep"]
 
@@ -30,6 +44,7 @@ def sweep(
     densities: Sequence[float] = DENSITIES,
     task_densities: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
+    fresh: bool = False,
     note: Callable[[str], None] = lambda said: None,
     **run: Any,
 ) -> Sweep:
@@ -53,6 +68,7 @@ def sweep(
             eligible entries, in (0, 1].
         task_densities: Of the task.
         options: Of the task and of the readers of its data, as for `runner.train`.
+        fresh: Start over, whatever the folder holds.
         note: Is told what the user should know, a line each.
         **run: Further arguments of `runner.train` for all runs: seed, device, save_every.
 
@@ -60,7 +76,8 @@ def sweep(
         The grid; its scores are those of the metric of the task.
 
     Raises:
-        RunError, DataError, RecipeError, SFTError: Something does not fit; nothing has been lost.
+        RunError, DataError, RecipeError, SFTError: Something does not fit; nothing has been lost,
+            and of what is given, nothing has been trained yet.
         ValueError: A density is out of range, or given twice.
 
     Source: Ansell et al., ACL 2022, §5.2, figure 3.
@@ -68,36 +85,66 @@ def sweep(
     place = Path(folder)
     columns = check_densities("densities", densities)
     rows = columns if task_densities is None else check_densities("task_densities", task_densities)
+    of_language, of_task = _sparse("language", language), _sparse("task", task)
+    device = run.pop("device", "auto")
+    where = _device(device)
+
+    # All that can be wrong shows before days of training, and each note once.
+    planned(text, base, of_language, note=note)
+    plan = planned(data, base, of_task, valid, sft, options=options, note=note)
+    kind, tokenizer = plan.task, plan.tokenizer
+    examples = _examples(kind, test, "test", plan.reading)
+    features = kind.encode(examples, tokenizer, of_task.max_length, labels=plan.labels)
+    measure = canonical({"data": _described(examples), "task": asdict(kind)})
     place.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        for name in ("language-full.safetensors", "task-full.safetensors", "cells.jsonl"):
+            (place / name).unlink(missing_ok=True)
 
     def learn(
-        side: str, recipe: str | Recipe, files: Any, shares: Sequence[float], **more: Any
-    ) -> dict[float, SparseDelta]:
-        chosen = recipe if isinstance(recipe, Recipe) else preset(recipe)
-        if chosen.full_tuning:
-            raise RunError(f"the recipe of the {side} tunes every entry; a sweep needs selection")
+        side: str, recipe: Recipe, files: Any, shares: Sequence[float], **more: Any
+    ) -> dict[float, Path]:
         learnt = {}
         for share in shares:
             note(f"{side}, density {share:g}")
             learnt[share] = train(
                 files,
                 base,
-                place / f"{side}-{share:g}.safetensors",
-                recipe=chosen.changed(density=share),
-                run=place / f"{side}-{share:g}.run",
+                place / f"{side}-{share}.safetensors",
+                recipe=recipe.changed(density=share),
+                run=place / f"{side}-{share}.run",
                 full_model=place / f"{side}-full.safetensors",
-                note=note,
+                device=device,
+                fresh=fresh,
                 **more,
                 **run,
-            ).delta
+            ).path
         return learnt
 
-    languages = learn("language", language, text, columns, lang=lang)
-    tasks = learn("task", task, data, rows, valid=valid, sft=sft, options=options)
-    device = {"device": run["device"]} if "device" in run else {}
+    languages = learn("language", of_language, text, columns, lang=lang)
+    tasks = learn("task", of_task, data, rows, valid=valid, sft=sft, options=options)
+    model = kind.build(base, plan.labels).to(where)
+    if of_task.decouple:
+        decouple_output_embeddings(model)
 
     def score(phi: SparseDelta, learnt: SparseDelta) -> float:
-        (row,) = evaluate(base, learnt, test, langs=[phi], options=options, **device)
-        return float(row[row["metric"]])
+        with compose(model, [learnt, phi], heads=[learnt]):
+            figures = kind.evaluate(model, features, examples, tokenizer, EVALUATED_AT_ONCE)
+        return figures[kind.metric]
 
-    return evaluate_grid(languages, tasks, score, place / "cells.jsonl")
+    digest = hashlib.sha256(measure.encode()).hexdigest()[:16]
+    return evaluate_grid(languages, tasks, score, place / "cells.jsonl", digest)
+
+
+def _sparse(side: str, recipe: str | Recipe) -> Recipe:
+    """The recipe of a side.
+
+    Raises:
+        RunError: It has no selection, or several.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else preset(recipe)
+    if chosen.k is None and chosen.density is None:
+        raise RunError(f"the recipe of the {side} ranks no entries; a sweep needs selection")
+    if chosen.iterations > 1:
+        raise RunError(f"the recipe of the {side} has iterations; a sweep has one full phase")
+    return chosen

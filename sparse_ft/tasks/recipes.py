@@ -40,9 +40,11 @@ class Recipe:
             "ours".
         about: What it was used for, in a few words.
         unstated: Names of settings that its origin leaves open, and that are ours.
-        k: Number of entries to tune; or density. Both None: every entry, without a full phase (full
-            fine-tuning).
+        k: Number of entries to tune; or density. Both None for a criterion that fixes its entries,
+            such as "bias".
         density: Share of the eligible entries to tune, in (0, 1].
+        full: Plain fine-tuning, to compare with: every entry, the norms too, in one phase without
+            selection and L1 term.
         criterion: A criterion of `sparse_ft.select`, by name.
         criterion_options: Its options, such as rank for "denoised".
         fill: Where fewer than K entries moved, fill up with others, in their order, in place of an
@@ -78,6 +80,7 @@ class Recipe:
     unstated: tuple[str, ...] = ()
     k: int | None = None
     density: float | None = None
+    full: bool = False
     criterion: str = "magnitude"
     criterion_options: Mapping[str, Any] = field(default_factory=dict)
     fill: bool = False
@@ -108,14 +111,12 @@ class Recipe:
         """What its SFTs are for: "language" or "task"."""
         return "language" if self.task in ("mlm", "clm") else "task"
 
-    @property
-    def full_tuning(self) -> bool:
-        """Is every entry tuned, with no selection?"""
-        return self.k is None and self.density is None
-
     def changed(self, **settings: Any) -> Recipe:
-        """This recipe with other settings; a length given in another unit takes the place of the
-        first, and so does a density that of k.
+        """This recipe with other settings.
+
+        What is given takes the place of what it excludes: a density that of k, a length that of
+        one in another unit and of its limits, a criterion the options of the one before, and
+        `full` all that sparse tuning has.
 
         Raises:
             RecipeError: There is no such setting, or it is out of range.
@@ -123,18 +124,33 @@ class Recipe:
         for name in settings:
             if name not in SETTINGS:
                 raise RecipeError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+        given = {name for name, value in settings.items() if value is not None}
+        criterion = settings.get("criterion", self.criterion)
+        if settings.get("full") is True:
+            settings = {**_FULL, **settings}
+        elif "criterion" in given and criterion != self.criterion:
+            settings = {"criterion_options": {}, **settings}
+        if _fixes(criterion):
+            settings = {"k": None, "density": None, **settings}
         for one, other in (("k", "density"), ("steps", "epochs")):
-            given = [n for n in (one, other) if settings.get(n) is not None]
-            if len(given) == 2:
+            if {one, other} <= given:
                 raise RecipeError(f"give {one} or {other}, not both")
-            if given:
-                settings.setdefault(other if given == [one] else one, None)
-        if settings.get("steps") is not None:
+            if here := given & {one, other}:
+                settings.setdefault(other if here == {one} else one, None)
+        if given & {"steps", "epochs"}:
             settings = {"min_steps": None, "max_steps": None, **settings}
         settings = {name: _checked(name, value) for name, value in settings.items()}
         changed = replace(self, **settings)
         if changed.epochs is None and changed.steps is None:
             raise RecipeError("a length is needed: epochs or steps")
+        if changed.full and (wrong := [n for n in _FULL if getattr(changed, n) != _FULL[n]]):
+            raise RecipeError(f"full tunes every entry, without {wrong[0]}; leave that out")
+        if _fixes(changed.criterion) and (changed.k or changed.density):
+            raise RecipeError(
+                f"criterion {changed.criterion!r} fixes its entries; give neither k nor density"
+            )
+        if not (changed.full or changed.k or changed.density or _fixes(changed.criterion)):
+            raise RecipeError("k or density is needed; full=true tunes every entry")
         low, high = changed.min_steps, changed.max_steps
         if low is not None and high is not None and low > high:
             raise RecipeError(f"min_steps ({low:,}) is beyond max_steps ({high:,})")
@@ -155,12 +171,19 @@ class Recipe:
         return full, sparse
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values, for metadata; those that are unset left out."""
+        """The settings as plain JSON values, for metadata; those that are unset left out.
+
+        Where some are not those of the preset, "changed" names them.
+        """
+        preset = RECIPES.get(self.name, self)
+        changed = [name for name in SETTINGS if getattr(self, name) != getattr(preset, name)]
         found: dict[str, Any] = {"preset": self.name, "origin": self.origin}
+        found |= {"changed": changed} if changed else {}
         for name in SETTINGS:
             value = getattr(self, name)
-            if value not in (None, {}, ()):
-                found[name] = list(value) if isinstance(value, tuple) else value
+            if (self.full and name in _SPARSE) or value in (None, {}, ()):
+                continue
+            found[name] = list(value) if isinstance(value, tuple) else value
         return found
 
 
@@ -168,6 +191,25 @@ SETTINGS = tuple(
     f.name for f in fields(Recipe) if f.name not in ("name", "task", "origin", "about", "unstated")
 )
 """The settings of a recipe that may be changed."""
+_SPARSE: dict[str, Any] = {
+    "k": None,
+    "density": None,
+    "criterion": "magnitude",
+    "criterion_options": {},
+    "fill": False,
+    "iterations": 1,
+    "l1": (0.0, 0.0),
+}
+_FULL = {**_SPARSE, "freeze_norms": False, "decouple": False}
+"""What full tuning sets: there is nothing to select, and nothing to stay near."""
+
+
+def _fixes(criterion: Any) -> bool:
+    """Does a criterion fix its entries, so that there is no K to choose?"""
+    from ..criteria import CRITERIA
+
+    factory = CRITERIA.get(criterion) if isinstance(criterion, str) else None
+    return factory is not None and factory().fixed is not None
 
 
 def _number(value: Any) -> bool:
@@ -197,6 +239,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "metric": ("the name of a figure", lambda x: isinstance(x, str)),
     "evaluate_every": ('a whole number of steps, or "epoch"', lambda x: x == "epoch" or _whole(x)),
     "held_out": ("in (0, 1)", lambda x: _number(x) and 0 < x < 1),
+    "full": ("true or false", lambda x: isinstance(x, bool)),
     "fill": ("true or false", lambda x: isinstance(x, bool)),
     "freeze_norms": ("true or false", lambda x: isinstance(x, bool)),
     "decouple": ("true or false", lambda x: isinstance(x, bool)),

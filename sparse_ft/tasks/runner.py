@@ -12,10 +12,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch.utils.data import DataLoader
@@ -31,7 +32,7 @@ from ..metadata import checked_meta
 from ..runs import random_state_kept
 from ..select import eligible_parameters, resolve_k
 from ..sources import MultiSource
-from ..sweep import from_full
+from ..sweep import from_full, made_with
 from ..tiles import Layout
 from . import TASKS, Examples, Task, held_out
 from .recipes import Recipe
@@ -109,6 +110,20 @@ class _Prepared:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a run is made of, its base model aside: all that can be wrong with it shows here."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: Any
+    sources: dict[str, Source]
+    deltas: dict[str, SparseDelta | None]
+    prepared: dict[str, _Prepared]
+    labels: list[str] | None
+    reading: dict[str, Any]
+
+
 def train(
     data: PathLike | Sequence[PathLike] | Mapping[str, Source],
     base: PathLike,
@@ -134,7 +149,7 @@ def train(
     """Trains an SFT of a language or of a task, as a recipe says, and writes it.
 
     The same call continues a run that was stopped at any moment, to the same bits, and gives the
-    result of a finished one at once.
+    result of a finished one without training.
 
     Args:
         data: Files or folders to train on; or several sources by name, of which each batch holds
@@ -167,19 +182,87 @@ def train(
         OSError: A file cannot be read or written.
         TrainingDiverged: The loss is not finite any more.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else preset(recipe)
     target = Path(output)
-    folder = target.with_suffix(".run") if run is None else Path(run)
-    _check_places(target, folder, force or fresh)
+    folder = target.parent / f"{target.stem}.run" if run is None else Path(run)
+    mine = _check_places(target, folder, force)
+    plan = planned(data, base, recipe, valid, sft, labels, options, note)
+    chosen, task, prepared = plan.recipe, plan.task, plan.prepared
+    if full_model is not None and chosen.iterations > 1:
+        raise RunError("full_model is of one full phase; iterations have several")
+    told = _told(chosen, lang, name, license, plan.deltas)
+    model = task.build(base, plan.labels, seed=seed).to(_device(device))
+    told["base"] = _origin(base, model)
+    # A mistake in the metadata must not show after days of training.
+    told = checked_meta(told, Layout((), ()), ())
+    if chosen.freeze_norms:
+        freeze_norms(model)
+    if chosen.decouple:
+        decouple_output_embeddings(model)
+    eligible = eligible_parameters(model, None)
+
+    collate = task.collate(plan.tokenizer)
+    loaders: dict[str, Any] = {
+        key: DataLoader(p.train, chosen.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+        for key, p in prepared.items()
+    }
+    with _on_sources(model, loaders, plan.deltas, plan.sources, seed) as (batches, on):
+        criterion = _criterion(chosen, task, model, batches, seed)
+        meta: dict[str, Any] = {
+            **{key: told[key] for key in ("role", "lang", "trained_on") if key in told},
+            "recipe": {
+                **chosen.to_dict(),
+                **criterion.recipe(),
+                "seed": seed,
+                "task": {"name": task.name, **asdict(task)},
+                "labels": plan.labels,
+                "data": _records(prepared),
+            },
+        }
+        ticket = LotteryTicket(
+            model,
+            k=_count(chosen, criterion, eligible),
+            iterations=chosen.iterations,
+            l1=chosen.l1,
+            criterion=criterion,
+            seed=seed,
+            fill=chosen.fill,
+        )
+        loop = _loop(chosen, task, batches, prepared, on, plan.tokenizer, seed, folder, fresh)
+        if full_model is not None:
+            made_by = made_with(ticket, loop, {**meta, "recipe": _without_size(meta["recipe"])})
+            ticket.criterion = from_full(criterion, Path(full_model), made_by)
+        delta = ticket.fit(loop, folder, save_every=save_every, fresh=fresh, **meta)
+    # What names the result and changes nothing of it is no setting of the run. The folder has it
+    # too, as by that an output is known for this run's.
+    told["base"] = {**delta.meta.get("base", {}), **told["base"]}
+    delta.meta.update(told)
+    delta.save(folder / FILE_NAME)
+    _save(delta, target, force or mine)
+    return Trained(delta, target, folder, chosen, _phases(folder / LOG, task))
+
+
+def planned(
+    data: PathLike | Sequence[PathLike] | Mapping[str, Source],
+    base: PathLike,
+    recipe: str | Recipe,
+    valid: PathLike | None = None,
+    sft: SparseDelta | PathLike | None = None,
+    labels: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    note: Callable[[str], None] = lambda said: None,
+) -> _Plan:
+    """Reads and checks what `train` is given, up to the model; arguments and errors as there."""
+    chosen = recipe if isinstance(recipe, Recipe) else preset(recipe)
     own, reading = _parted(chosen.task, options or {})
     chosen = chosen.changed(options={**chosen.options, **own})
     task = _made(chosen.task, {"metric": chosen.metric} if chosen.metric else {}, chosen.options)
+    _check_labels(labels)
     sources = _sources(data, valid, sft, chosen)
     deltas = {key: _language(source.sft) for key, source in sources.items()}
-    identity = _identity(chosen, lang, name, license, deltas)
-    where = _device(device)
     tokenizer = task.tokenizer(base)
-
+    if chosen.evaluate_every is None and any(s.valid is not None for s in sources.values()):
+        note("the recipe evaluates nothing (evaluate_every), so the validation data are not used")
+        sources = {key: replace(source, valid=None) for key, source in sources.items()}
     texts = {key: _read(task, source, chosen, reading) for key, source in sources.items()}
     if labels is None:
         labels = task.labels(_joined([text for text, _ in texts.values()]))
@@ -187,55 +270,26 @@ def train(
         key: _prepare(task, *pair, tokenizer, chosen, labels) for key, pair in texts.items()
     }
     chosen = _without_evaluation(chosen, prepared, note)
-
-    model = task.build(base, labels, seed=seed).to(where)
-    if chosen.freeze_norms:
-        freeze_norms(model)
-    if chosen.decouple:
-        decouple_output_embeddings(model)
-    eligible = eligible_parameters(model, None)
-
-    collate = task.collate(tokenizer)
-    loaders: dict[str, Any] = {
-        key: DataLoader(p.train, chosen.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
-        for key, p in prepared.items()
-    }
-    with _on_sources(model, loaders, deltas, sources, seed) as (batches, on):
-        criterion = _criterion(chosen, task, model, batches, seed)
-        if full_model is not None:
-            criterion = from_full(criterion, Path(full_model))
-        k = _count(chosen, criterion, eligible)
-        ticket = LotteryTicket(
-            model,
-            k=k,
-            iterations=chosen.iterations,
-            l1=chosen.l1,
-            criterion=criterion,
-            seed=seed,
-            fill=chosen.fill,
-        )
-        meta = {
-            **identity,
-            "base": _origin(base, model),
-            "recipe": {
-                **chosen.to_dict(),
-                **({"method": "full"} if chosen.full_tuning else criterion.recipe()),
-                "seed": seed,
-                "task": {"name": task.name, **asdict(task)},
-                "labels": None if labels is None else list(labels),
-                "data": _records(prepared),
-            },
-        }
-        if fresh:
-            (folder / LOG).unlink(missing_ok=True)
-        loop = _loop(chosen, task, batches, prepared, on, tokenizer, seed, folder)
-        delta = ticket.fit(loop, folder, save_every=save_every, fresh=fresh, **meta)
-    _save(delta, target, force or fresh)
-    return Trained(delta, target, folder, chosen, _phases(folder / LOG, task))
+    known = None if labels is None else list(labels)
+    return _Plan(chosen, task, tokenizer, sources, deltas, prepared, known, reading)
 
 
-def _check_places(target: Path, folder: Path, force: bool) -> None:
+def _without_size(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's record without K, which a full phase does not know of."""
+    return {key: recipe[key] for key in recipe if key not in ("k", "density", "changed")}
+
+
+def _check_labels(labels: Sequence[str] | None) -> None:
+    if labels is not None and len({*labels}) < len(labels):
+        twice = next(label for label in labels if list(labels).count(label) > 1)
+        raise RunError(f"labels: {twice!r} stands there twice")
+
+
+def _check_places(target: Path, folder: Path, force: bool) -> bool:
     """Refuses an output before the work is done.
+
+    Returns:
+        Whether what the output holds is of this run, and may be replaced by its result.
 
     Raises:
         RunError, OSError: It cannot be written, or another run's result is there.
@@ -244,10 +298,18 @@ def _check_places(target: Path, folder: Path, force: bool) -> None:
         raise RunError(f"{target}: the output must end in .safetensors")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent}; create it first")
-    if target.exists() and not force and not (folder / FILE_NAME).exists():
+    if not target.exists():
+        return False
+    try:
+        own = SparseDelta.load(folder / FILE_NAME).content_id
+        mine = SparseDelta.load(target).content_id == own
+    except (OSError, ValueError):
+        mine = False
+    if not (mine or force):
         raise FileExistsError(
             f"{target} exists, and {folder} holds no run that it is of; --force replaces it"
         )
+    return mine
 
 
 def _parted(kind: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -267,7 +329,23 @@ def _made(kind: str, *options: Mapping[str, Any]) -> Task:
     settings = {name: value for some in options for name, value in some.items()}
     if unknown := [name for name in settings if name not in known]:
         raise RunError(f"{kind} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    hints = get_type_hints(TASKS[kind])
+    for name, value in settings.items():
+        if not _fits(value, hints[name]):
+            said = getattr(hints[name], "__name__", hints[name])
+            raise RunError(f"{kind}: the option {name} must be {said}; found {value!r}")
     return TASKS[kind](**settings)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is this a value of a task's option, as far as its type tells?"""
+    if hint is float:
+        return _fits(value, int) or isinstance(value, float)
+    if isinstance(hint, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)
 
 
 def _sources(
@@ -336,19 +414,35 @@ def _examples(task: Task, path: PathLike, split: str, reading: Mapping[str, Any]
     try:
         return task.read(path, split, **reading)
     except TypeError as error:
-        if "argument" not in str(error):
+        if not reading:
             raise
         own = ", ".join(f.name for f in fields(task))
+        given = ", ".join(f"{name}={value!r}" for name, value in reading.items())
         raise RunError(
             f"{path}: neither the task {task.name} (options: {own}) nor the reader of these data "
-            f"takes the options {', '.join(reading)}"
+            f"takes {given} ({error})"
         ) from None
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:
     if len(parts) == 1:
         return parts[0]
-    return Examples(chain.from_iterable(parts), ", ".join(part.source for part in parts))
+    return _Joined(parts)
+
+
+class _Joined(Examples):
+    """Examples of several files, each of which keeps its own's name."""
+
+    def __init__(self, parts: Sequence[Examples]) -> None:
+        super().__init__(chain.from_iterable(parts), ", ".join(part.source for part in parts))
+        self.parts = parts
+
+    def where(self, i: int) -> str:
+        for part in self.parts:
+            if i < len(part):
+                return part.where(i)
+            i -= len(part)
+        raise IndexError(i)
 
 
 def _prepare(
@@ -384,18 +478,14 @@ def _without_evaluation(
     return chosen.changed(evaluate_every=None)
 
 
-def _identity(
+def _told(
     chosen: Recipe,
     lang: str | None,
     name: str | None,
     license: str | None,
     deltas: Mapping[str, SparseDelta | None],
 ) -> dict[str, Any]:
-    """What the result is: checked before anything is read.
-
-    Raises:
-        SFTError: A field is malformed.
-    """
+    """What the result is, as its metadata say it."""
     on = [delta for delta in deltas.values() if delta is not None]
     if lang is None and len(deltas) == 1 and on:
         lang = on[0].meta.get("lang")
@@ -405,7 +495,7 @@ def _identity(
     if len(deltas) > 1:
         # Of a single source, `fit` sees what is on the model.
         meta["trained_on"] = [{"id": delta.content_id, "alpha": 1.0} for delta in on]
-    return checked_meta(meta, Layout((), ()), ())
+    return meta
 
 
 def _origin(base: PathLike, model: nn.Module) -> dict[str, str]:
@@ -427,14 +517,15 @@ def _records(prepared: Mapping[str, _Prepared]) -> dict[str, Any]:
 def _criterion(
     chosen: Recipe, task: Task, model: nn.Module, batches: Any, seed: int
 ) -> criteria.Criterion:
-    """The criterion of a recipe; one that needs a calibration gets it.
+    """The criterion of a recipe. One that needs a calibration gets it when entries are chosen: a
+    run that is past that has no use for it.
 
     Raises:
         RunError: There is no such criterion, or no such option of it.
     """
     name, options = chosen.criterion, dict(chosen.criterion_options)
-    if chosen.full_tuning:
-        return criteria.random()  # all of them
+    if chosen.full:
+        return replace(criteria.random(), name="full", settings={"method": "full"})
     try:
         if name in criteria.CRITERIA:
             return criteria.CRITERIA[name](**options)
@@ -442,12 +533,20 @@ def _criterion(
             samples = options.pop("samples", CALIBRATION_BATCHES)
             if options:
                 raise TypeError(f"its one option is samples, not {', '.join(options)}")
+            if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+                raise TypeError(f"samples must be a whole number of at least 1, not {samples!r}")
             if isinstance(batches, MultiSource):
                 raise TypeError("it is calibrated on one source, and there are several")
-            with random_state_kept():
-                torch.manual_seed(seed)
-                scores = criteria.calibrate(model, batches, task.loss, name, samples=samples)
-            return CALIBRATED[name](scores)
+
+            def choose(candidates: criteria.Candidates) -> criteria.Choice:
+                with random_state_kept():
+                    torch.manual_seed(seed)
+                    scores = criteria.calibrate(model, batches, task.loss, name, samples=samples)
+                rank = CALIBRATED[name](scores).choose
+                assert rank is not None
+                return rank(candidates)
+
+            return replace(CALIBRATED[name]({}), choose=choose)
     except TypeError as error:
         raise RunError(f"criterion {name!r}: {error}") from None
     raise RunError(
@@ -465,7 +564,7 @@ def _count(
         RunError: It was published for a larger model.
     """
     total = sum(p.numel() for p in eligible.values())
-    if chosen.full_tuning:
+    if chosen.full:
         return total
     if criterion.fixed is not None:
         return criterion.fixed(Layout.of(eligible)).nnz
@@ -513,6 +612,7 @@ def _loop(
     tokenizer: Any,
     seed: int,
     folder: Path,
+    fresh: bool,
 ) -> Loop:
     full, sparse = chosen.lengths()
     scored = chosen.evaluate_every is not None
@@ -549,29 +649,31 @@ def _loop(
         greater_is_better=task.greater_is_better,
         evaluate_every=chosen.evaluate_every,
         seed=seed,
-        log=_Log(folder / LOG),
+        log=_Log(folder / LOG, fresh),
     )
 
 
 class _Log:
-    """Appends what a loop logs to a file, one JSON object a line."""
+    """Appends what a loop logs to a file, one JSON object a line.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file.
+        fresh: The first line takes the place of all that is there: by then the run is ours.
+    """
+
+    def __init__(self, path: Path, fresh: bool) -> None:
         self.path = path
+        self.mode = "w" if fresh else "a"
 
     def __call__(self, record: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        mode, self.mode = self.mode, "a"
+        with open(self.path, mode, encoding="utf-8") as file:
             file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
 
 
-def _save(delta: SparseDelta, target: Path, force: bool) -> None:
-    if target.exists() and not force:
-        try:
-            if SparseDelta.load(target).content_id == delta.content_id:
-                return
-        except (OSError, ValueError):
-            pass
-        raise FileExistsError(f"{target} exists, and is not of this run; --force replaces it")
+def _save(delta: SparseDelta, target: Path, replaces: bool) -> None:
+    if target.exists() and not replaces:
+        raise FileExistsError(f"{target} was written by another run meanwhile; --force replaces it")
     delta.save(target)
 
 
@@ -650,7 +752,9 @@ def evaluate(
     kind, settings = _recorded_task(said, recorded, kind)
     own, reading = _parted(kind, options or {})
     task = _made(kind, settings, own)
-    labels = labels or recorded.get("labels")
+    labels = _same_labels(said, labels, recorded.get("labels"), task)
+    if weight != 1.0 and all(lang is None for lang in langs):
+        raise RunError("weight is of the languages' SFTs, and none is given")
     if task.role == "task" and not delta.heads:
         raise RunError(f"{said}: has no heads, so there is nothing that it could predict")
     paths = [tests] if isinstance(tests, str | os.PathLike) else list(tests)
@@ -660,8 +764,8 @@ def evaluate(
     where = _device(device)
     tokenizer = task.tokenizer(base)
     examples = [_examples(task, path, "test", reading) for path in paths]
-    length = max_length or int(recorded.get("max_length", Recipe.max_length))
-    features = [task.encode(e, tokenizer, length, labels=labels) for e in examples]
+    length = recorded.get("max_length", Recipe.max_length) if max_length is None else max_length
+    features = [task.encode(e, tokenizer, int(length), labels=labels) for e in examples]
     model = task.build(base, labels).to(where)
     if recorded.get("decouple"):
         decouple_output_embeddings(model)
@@ -678,6 +782,25 @@ def evaluate(
         )
         rows.append({"data": os.fspath(path), "lang": shown, "metric": task.metric, **figures})
     return rows
+
+
+def _same_labels(
+    said: str, given: Sequence[str] | None, recorded: Sequence[str] | None, task: Task
+) -> Sequence[str] | None:
+    """The labels of an SFT's head; None for a task without.
+
+    Raises:
+        RunError: There are none, or those given are not those that it records.
+    """
+    _check_labels(given)
+    if given is not None and recorded is not None and list(given) != list(recorded):
+        raise RunError(
+            f"{said}: records the labels {', '.join(recorded)}, in this order; leave --label out"
+        )
+    labels = given or recorded
+    if labels is None and type(task).labels is not Task.labels:
+        raise RunError(f"{said}: records no labels; give each with --label, as its head has them")
+    return labels
 
 
 def _recorded(delta: SparseDelta) -> dict[str, Any]:
