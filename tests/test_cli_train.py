@@ -127,6 +127,9 @@ def test_presets_are_listed():
     result = run(".", "train", "presets")
     assert [line.split()[0] for line in result.stdout.splitlines() if line[0] != " "] == [*RECIPES]
     assert "14,155,776" in result.stdout
+    assert " ".join(result.stdout.split()).count("left open there, so ours: max_length") == sum(
+        r.unstated == ("max_length",) for r in RECIPES.values()
+    )
     listed = json.loads(run(".", "train", "presets", "--json").stdout)
     assert listed["lt-sft-language"]["k"] == 7_667_712
 
@@ -165,6 +168,11 @@ def test_ctrl_c_says_how_to_continue(there, tmp_path, monkeypatch):
     monkeypatch.setattr(TASKS["tokens"], "loss", stops)
     said = refused(run(there, *command), status=130)
     assert said == f"note: stopped; the same command continues from {tmp_path / 'x.run'}"
+    calls.clear()
+    said = refused(run(there, *command, "--fresh"), status=130)
+    assert said == (
+        f"note: stopped; the same command, without --fresh, continues from {tmp_path / 'x.run'}"
+    )
     assert run(there, *command).exit_code == 0
     ids = [SparseDelta.load(p / "x.safetensors").content_id for p in (tmp_path,)]
     assert ids == [SparseDelta.load(there / "ner.safetensors").content_id]
@@ -242,7 +250,10 @@ def damaged(there):
         (["--steps", "3,x"], "steps must be one number, or one for the full and one for"),
         (["--criterion", "luck"], "there is no criterion 'luck'; there are bias"),
         (["--set", "color=red"], "there is no setting 'color'; there are k, density"),
-        (["--option", "foo=1"], "neither the task tokens (options: metric, scheme, tokens, tags)"),
+        (
+            ["--option", "foo=1"],
+            "neither the task tokens (options: metric, scheme, tokens, tags, outside)",
+        ),
         (["--valid", "latin.conll"], "latin.conll, line 1: byte 2 (0xeb) is not UTF-8; convert"),
         (["--valid", "empty.conll"], "empty.conll: holds no sentence"),
         (["--valid", "wide.conll"], "wide.conll, line 1: the label 'B-ORG' is not one of the mod"),
@@ -255,6 +266,9 @@ def damaged(there):
         (["--lang", "e n"], "lang: 'e n' is no language tag"),
         (["--output", "x.bin"], "x.bin: the output must end in .safetensors"),
         (["--output", "no/x.safetensors"], "there is no folder no; create it first"),
+        (["--output", "."], ".: the output must end in .safetensors"),
+        (["--option", "tag=x"], "takes tag='x'"),
+        (["--set", "k=null", "--set", "density=null"], "k or density is needed; full=true tunes"),
         (["--output", "sw.safetensors", "--run", "o.run"], "sw.safetensors exists, and o.run hol"),
         (["--output", "sw.safetensors"], "sw.run: holds a run with other settings: "),
     ],
@@ -264,6 +278,25 @@ def test_one_line_says_what_is_wrong(damaged, more, said):
     before = {p: p.read_bytes() for p in damaged.glob("*.safetensors")}
     assert said in refused(run(damaged, *ner(damaged, "new.safetensors"), *more))
     assert {p: p.read_bytes() for p in damaged.glob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "said"),
+    [
+        (["sequences", "train.csv"], ["--option", "delimiter=;;"], "takes delimiter=';;'"),
+        (["qa", "train.json"], ["--option", "stride=big"], "stride must be int; found 'big'"),
+        (["mlm"], ["--option", "probability=high"], "probability must be float; found 'high'"),
+        (["mlm"], ["--set", "metric=accuracy"], "metric is 'accuracy'; mlm has \"loss\" and"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_of_another_kind_is_refused(there, tmp_path, command, more, said):
+    output = tmp_path / "x.safetensors"
+    files = ["train", "task", *command, "--base", "bert", "--output", output, *SHORT]
+    if command == ["mlm"]:
+        files = language(there, output)
+    assert said in refused(run(there, *files, *more))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_text_without_text(damaged):
@@ -354,7 +387,8 @@ def swept(folder, there, *more):
 
 def test_a_sweep_of_densities(there, tmp_path):
     pytest.importorskip("matplotlib")
-    result = swept(tmp_path, there, "--density", "0.1,0.5", "--json")
+    accuracy = ["--task-set", "metric=accuracy"]
+    result = swept(tmp_path, there, "--density", "0.1,0.5", "--json", *accuracy)
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     assert [(row["language"], row["task"]) for row in rows] == [
@@ -374,15 +408,29 @@ def test_a_sweep_of_densities(there, tmp_path):
         "--task", tmp_path / "task-0.5.safetensors",
         "--lang", tmp_path / "language-0.1.safetensors",
     )  # fmt: skip
-    assert json.loads(scored.stdout)[0]["f1"] == rows[2]["score"]
+    assert json.loads(scored.stdout)[0]["accuracy"] == rows[2]["score"]
+
+    # Other test data are other cells.
+    also = ["--test", "train.conll", "--json", *accuracy]
+    other = swept(tmp_path, there, "--density", "0.1,0.5", *also)
+    assert json.loads(other.stdout) != rows
+    cells = (tmp_path / "cells.jsonl").read_text()
+    assert len(cells.splitlines()) == 8
+
+    # A fully tuned model of other settings is not taken for this one's.
+    settings = ["--density", "0.3", "--language-set", "lr=0.3", *accuracy]
+    said = swept(tmp_path, there, *settings).stderr
+    assert re.search(r"language-full.safetensors' was tuned with other settings: .*lr was", said)
+    assert not (tmp_path / "language-0.3.safetensors").exists()
 
     # One more density of the language costs one sparse phase and two cells.
-    cells = (tmp_path / "cells.jsonl").read_text()
     full = (tmp_path / "language-full.safetensors").stat().st_mtime_ns
-    more = swept(tmp_path, there, "--density", "0.1,0.5,0.2", "--task-density", "0.1,0.5")
+    more = swept(
+        tmp_path, there, "--density", "0.1,0.5,0.2", "--task-density", "0.1,0.5", *accuracy
+    )
     assert more.exit_code == 0, more.output
     assert (tmp_path / "cells.jsonl").read_text().startswith(cells)
-    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 10
     assert (tmp_path / "language-full.safetensors").stat().st_mtime_ns == full
 
 
@@ -392,6 +440,11 @@ def test_a_sweep_of_densities(there, tmp_path):
         (["--density", "0.1,2"], r"densities must be in \(0, 1\]"),
         (["--density", "0.1,0.1"], "densities has a density twice"),
         (["--language-preset", "lt-sft-ner"], "preset lt-sft-ner is for tokens"),
+        (["--test", "typo.conll"], "typo.conll: no such file or folder"),
+        (["--data", "typo.conll"], "typo.conll: no such file or folder"),
+        (["--source-sft", "nope.safetensors"], "nope.safetensors"),
+        (["--language-set", "iterations=2"], "language has iterations; a sweep has one full phase"),
+        (["--task-set", "full=true"], "task ranks no entries; a sweep needs selection"),
     ],
 )
 def test_sweeps_that_cannot_be(there, tmp_path, more, said):

@@ -316,7 +316,7 @@ def presets(as_json: Json = False) -> None:
     for name, r in RECIPES.items():
         batch = f"{r.accumulate} × {r.batch_size}" if r.accumulate > 1 else r.batch_size
         size = f"density {r.density}" if r.k is None else f"K {r.k:,}"
-        ours = f"not published, ours: {', '.join(r.unstated)}" if r.unstated else ""
+        ours = f"left open there, so ours: {', '.join(r.unstated)}" if r.unstated else ""
         chosen = "the last state" if r.evaluate_every is None else r.metric
         parts = [
             r.task,
