@@ -53,7 +53,7 @@ class MultiSource(IterableDataset[Any]):
     Raises:
         ValueError: There is no source, one has no batches, a name is unknown, or a number of passes
             is below 1.
-        TypeError: An SFT is no SparseDelta.
+        TypeError: An SFT is no SparseDelta, or batches have no length.
     """
 
     def __init__(
@@ -71,7 +71,14 @@ class MultiSource(IterableDataset[Any]):
         self.epoch = 0
         check_sources("MultiSource", self.batches, deltas or {}, repeat or {})
         for source, loader in self.batches.items():
-            if not len(loader):
+            try:
+                count = len(loader)
+            except TypeError:
+                raise TypeError(
+                    f"MultiSource: the batches of the source {source!r} have no length, and the "
+                    "order of the sources is drawn from their lengths; give its data a __len__"
+                ) from None
+            if not count:
                 raise ValueError(f"MultiSource: the source {source!r} has no batches")
         self.deltas = {s: delta for s, delta in (deltas or {}).items() if delta is not None}
         self._registry: DeltaRegistry | None = None
@@ -79,6 +86,27 @@ class MultiSource(IterableDataset[Any]):
 
     def __len__(self) -> int:
         return sum(len(loader) * self.repeat[source] for source, loader in self.batches.items())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides what the batches do, as JSON values: a run goes on with the same alone."""
+        ids = {source: delta.content_id for source, delta in self.deltas.items()}
+        return {
+            "sources": {
+                source: {
+                    "batches": len(loader),
+                    "repeat": self.repeat[source],
+                    "sft": ids.get(source),
+                }
+                for source, loader in self.batches.items()
+            },
+            "seed": self.seed,
+        }
+
+    @property
+    def trained_on(self) -> list[dict[str, Any]]:
+        """The SFTs below what is learnt, for its metadata."""
+        return trained_on(self.deltas.values())
 
     def set_epoch(self, epoch: int) -> None:
         """Says which pass comes next; without it they are counted from 0."""
@@ -207,6 +235,12 @@ def sources_on(
             delta.bind(model, allow_base_mismatch=True).check_base(at_start)
         registry.add(delta, source, allow_base_mismatch=theta0 is not None)
     return registry
+
+
+def trained_on(deltas: Iterable[SparseDelta]) -> list[dict[str, Any]]:
+    """The field `trained_on` of an SFT's metadata, for sources that it was learnt on in turn."""
+    ids = dict.fromkeys(delta.content_id for delta in deltas)
+    return [{"id": content_id, "alpha": 1.0} for content_id in ids]
 
 
 def check_sources(

@@ -16,9 +16,11 @@ import copy
 import functools
 import glob
 import json
+import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +34,12 @@ from . import criteria
 from .compose import active
 from .delta import SparseDelta
 from .families import decouple_output_embeddings, freeze_norms
+from .files import FILE_NAME
 from .loop import Length
 from .lottery import LotteryTicket, Phase
 from .registry import DeltaRegistry
 from .runs import NAME as RUN_NAME
-from .sources import MultiSource, check_sources, sources_on
+from .sources import MultiSource, check_sources, sources_on, trained_on
 
 __all__ = ["LotteryTicketMixin", "LotteryTicketTrainer", "SparseFineTuningArguments"]
 
@@ -44,12 +47,19 @@ __all__ = ["LotteryTicketMixin", "LotteryTicketTrainer", "SparseFineTuningArgume
 _WHOLE = ("optimizer.pt", "scheduler.pt")
 # Of the evaluation's figures, those that say how fast it was.
 _SPEED = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
-# TrainingArguments that decide the result: a run goes on with the same ones alone.
-_DECISIVE = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "fp16", "bf16"),
-    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("seed", "data_seed", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-)
+# TrainingArguments that a run may go on with other values of: all else may decide the result.
+_HARMLESS = {
+    # The lengths that come of these are compared themselves.
+    *("max_steps", "num_train_epochs", "warmup_steps", "warmup_ratio"),
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "project"),
+    *("do_train", "do_eval", "do_predict", "restore_callback_states_from_checkpoint", "local_rank"),
+    *("disable_tqdm", "report_to", "skip_memory_metrics", "debug", "ray_scope"),
+    *("per_device_eval_batch_size", "per_gpu_eval_batch_size", "eval_accumulation_steps"),
+    *("include_inputs_for_metrics", "include_for_metrics", "batch_eval_metrics"),
+    *("include_tokens_per_second", "include_num_input_tokens_seen", "enable_jit_checkpoint"),
+    *("dataloader_pin_memory", "dataloader_prefetch_factor", "torch_empty_cache_steps"),
+}
+_HARMLESS_PREFIXES = ("log", "save_", "hub_", "push_to_hub", "trackio_", "ddp_")
 # The ids of the trainer's own deltas in its registry, beside the sources' names.
 _SOURCE, _RESULT = "<source>", "<result>"
 
@@ -199,6 +209,7 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
     # The Trainer's own.
     args: Any
     control: Any
+    eval_dataset: Any
     lr_scheduler: Any
     optimizer: Any
     state: Any
@@ -219,6 +230,8 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         self.delta: SparseDelta | None = None
         self.phase: Phase | None = None
         self.phase_states: dict[str, TrainerState] = {}
+        # The folder of the last run that was finished here: train() may replace that one.
+        self._finished: str | None = None
         self._meta = dict(meta or {})
         self._ticket = dict(ticket or {})
         self._repeat = dict(repeat or {})
@@ -247,6 +260,9 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             decouple_output_embeddings(self.model)
         if sft_args.freeze_norms:
             freeze_norms(self.model)
+        if self.accelerator.device.type == "cpu":
+            # With DDP it would "move" the model to cpu:0, and so copy it, under the sources' SFTs.
+            self.accelerator.device_placement = False
         self.add_callback(_Between(self))
 
     # --- training -------------------------------------------------------------------------------
@@ -267,11 +283,12 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             ignore_keys_for_eval: As the Trainer's.
 
         Returns:
-            The steps of all phases that ran, the last one's loss, and their metrics.
+            The steps of all phases that ran, the last one's loss (NaN if no step was left to
+            run), and their metrics.
 
         Raises:
-            ValueError: There is no run to go on with, or one that would be overwritten; or settings
-                cannot work.
+            ValueError: There is no run to go on with, or the folder holds a run or an SFT that this
+                trainer has not finished; or settings cannot work.
             TrainingDiverged: The loss is NaN or infinite.
         """
         if trial is not None:
@@ -292,6 +309,7 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         self.delta, self._outputs = None, {}
         self._registry = sources_on(self.model, self._deltas) if bare else None
         self._updates = self._updates_per_epoch()
+        self._check_evaluated()
         settings = {
             "l1": (self.sft_args.full_l1, self.sft_args.sparse_l1),
             "criterion": self.sft_args.ranking(),
@@ -311,12 +329,13 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             self.delta = ticket.fit(
                 train_phase, folder, fresh=not resume, progress=False, **self._metadata()
             )
+        self._finished = folder
         if bare:
             self._put_on()
         outputs = self._outputs
         return TrainOutput(
             sum(output.global_step for output in outputs.values()),
-            [output.training_loss for output in outputs.values()][-1] if outputs else 0.0,
+            [output.training_loss for output in outputs.values()][-1] if outputs else math.nan,
             {
                 f"{n}_{key}": value
                 for n, out in outputs.items()
@@ -362,7 +381,7 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             self._load_best_model()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.is_in_train = False
-        return TrainOutput(self.state.global_step, 0.0, {})
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def _phase_args(self, phase: Phase) -> Any:
         """The TrainingArguments of one phase."""
@@ -476,34 +495,86 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
+        source: str | None = None,
         **kwargs: Any,
     ) -> dict[str, float]:
-        """The Trainer's; of several sources, each with its SFT on the model, and their mean."""
+        """The Trainer's, with the source's SFT on the model; of several sources, each with its own,
+        and their mean.
+
+        Args:
+            eval_dataset: As the Trainer's; a mapping of sources to data sets is evaluated source by
+                source, where there are several to train on.
+            ignore_keys: As the Trainer's.
+            metric_key_prefix: As the Trainer's.
+            source: Of several sources, the one whose SFT is on the model for other data; default:
+                none of them.
+            **kwargs: As the Trainer's.
+
+        Raises:
+            ValueError: There is no such source.
+        """
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics: dict[str, float]
         if not isinstance(self.train_dataset, Mapping) or not isinstance(given, Mapping):
-            # During training it is on the model all the time.
-            with self._source(_SOURCE if self.phase is None else None):
+            with self._chosen(source):
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
             return dict(metrics)
         metrics = {}
         own: list[dict[str, float]] = []
         for name, dataset in given.items():
             prefix = f"{metric_key_prefix}_{name}"
-            with self._source(name):
+            with self._source(name), self._one_evaluation():
                 found = super().evaluate(
                     name if eval_dataset is None else dataset, ignore_keys, prefix, **kwargs
                 )
             metrics |= found
             if name in self.train_dataset:
-                own.append({key.removeprefix(f"{prefix}_"): v for key, v in found.items()})
+                at = f"{prefix}_"
+                own.append({k.removeprefix(at): v for k, v in found.items() if k.startswith(at)})
         if mean := {f"{metric_key_prefix}_{key}": v for key, v in _mean(own).items()}:
             metrics |= mean
             self.log(mean)
-            self.control = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, metrics
-            )
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
+
+    @contextmanager
+    def _one_evaluation(self) -> Iterator[None]:
+        """Has callbacks take a source's evaluation for a prediction: early stopping counts one
+        evaluation, that of all sources, and finds every source's metrics in it."""
+        handler = self.callback_handler
+        handler.on_evaluate = handler.on_predict
+        try:
+            yield
+        finally:
+            del handler.on_evaluate
+
+    def predict(self, *args: Any, source: str | None = None, **kwargs: Any) -> Any:
+        """The Trainer's, with the source's SFT on the model.
+
+        Args:
+            *args: As the Trainer's.
+            source: Of several sources, the one whose SFT is on the model; default: none of them.
+            **kwargs: As the Trainer's.
+
+        Raises:
+            ValueError: There is no such source.
+        """
+        with self._chosen(source):
+            return super().predict(*args, **kwargs)
+
+    def _chosen(self, source: str | None) -> AbstractContextManager[None]:
+        """What evaluation has on the model: the SFT of the source that the caller names, or of the
+        only one."""
+        sources = list(self.train_dataset) if isinstance(self.train_dataset, Mapping) else []
+        if source is not None and source not in sources:
+            raise ValueError(
+                f"{self._name}: there is no source {source!r}; the train_dataset has "
+                f"{', '.join(map(repr, sources)) or 'none by name'}"
+            )
+        # During training the only one is on the model all the time.
+        return self._source(_SOURCE if source is None and self.phase is None else source)
 
     @contextmanager
     def _source(self, source: str | None) -> Iterator[None]:
@@ -602,6 +673,34 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             )
         for phase in ("full", "sparse"):
             self._length(phase)
+        # A mistake in what only sparse phases use must not show after the full one.
+        if sft_args.gather not in ("step", "hook"):
+            raise ValueError(
+                f'{self._name}: gather must be "step" or "hook", got {sft_args.gather!r}'
+            )
+        for name, value in (
+            ("learning_rate", args.learning_rate),
+            ("sparse_learning_rate", sft_args.sparse_learning_rate),
+            ("max_grad_norm", args.max_grad_norm),
+        ):
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{self._name}: {name} must be finite and ≥ 0, got {value}")
+
+    def _check_evaluated(self) -> None:
+        """Refuses phases that end before the first evaluation, where the best one decides."""
+        args = self.args
+        if not args.load_best_model_at_end:
+            return
+        for phase in ("full", "sparse"):
+            steps = self._length(phase).resolve(self._updates)
+            by_epoch = args.eval_strategy == "epoch" and self._updates
+            length, unit = (steps / self._updates, "epochs") if by_epoch else (steps, "steps")
+            if args.eval_delay > length:
+                raise ValueError(
+                    f"{self._name}: load_best_model_at_end, but a {phase} phase of {length:g} "
+                    f"{unit} ends before its first evaluation (eval_delay={args.eval_delay}); "
+                    "lower eval_delay, or train longer"
+                )
 
     def _check_best(self, name: str) -> None:
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
@@ -614,17 +713,36 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
             )
 
     def _check_run(self, folder: str, resume: bool) -> None:
-        if resume and not os.path.exists(os.path.join(folder, RUN_NAME)):
+        run = os.path.join(folder, RUN_NAME)
+        if resume:
+            if not os.path.exists(run):
+                raise ValueError(
+                    f"{self._name}.train: there is no run in {folder} to go on with; give the "
+                    "output_dir of one, or leave resume_from_checkpoint out"
+                )
+            return
+        inside = glob.escape(self.args.output_dir)
+        checkpoints = [
+            path
+            for phase in ("full", "sparse")
+            for path in glob.glob(os.path.join(inside, f"{phase}-[0-9]*", "checkpoint-[0-9]*"))
+        ]
+        if self._finished == folder:
+            # Of other weights, perhaps: what the new run goes on from must be its own.
+            for path in checkpoints if self.args.should_save else []:
+                shutil.rmtree(path)
+            return
+        if os.path.exists(run):
             raise ValueError(
-                f"{self._name}.train: there is no run in {folder} to go on with; give the "
-                "output_dir of one, or leave resume_from_checkpoint out"
+                f"{self._name}.train: {folder} holds {RUN_NAME} of an earlier run; "
+                "train(resume_from_checkpoint=True) goes on with it, and to start over, remove it "
+                "or give another output_dir"
             )
-        stored = glob.glob(os.path.join(glob.escape(self.args.output_dir), "*-*", "checkpoint-*"))
-        if stored and not resume:
+        result = os.path.join(folder, FILE_NAME)
+        if found := [*checkpoints, *([result] if os.path.lexists(result) else [])]:
             raise ValueError(
-                f"{self._name}.train: {self.args.output_dir} holds checkpoints of an earlier run, "
-                f"such as {stored[0]}; train(resume_from_checkpoint=True) goes on with it, and to "
-                "start over, remove them or give another output_dir"
+                f"{self._name}.train: {found[0]} would be replaced, and no run there says that "
+                "it may; give another output_dir, or remove it"
             )
 
     def _settings(self) -> dict[str, Any]:
@@ -632,9 +750,15 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         args = self.args
         steps = [self._length(phase).resolve(self._updates) for phase in ("full", "sparse")]
         return {
-            **{name: getattr(args, name) for name in _DECISIVE},
+            **{
+                name: value
+                for name, value in args.to_dict().items()
+                if name not in _HARMLESS and not name.startswith(_HARMLESS_PREFIXES)
+            },
+            "world_size": args.world_size,
+            "train_dataset": _sizes(self.train_dataset),
+            "eval_dataset": _sizes(self.eval_dataset),
             "steps": steps,
-            "schedule": str(args.lr_scheduler_type.value),
             "warmup": [args.get_warmup_steps(n) for n in steps],
             "sparse_learning_rate": self.sft_args.sparse_learning_rate,
             "sources": {s: d.content_id for s, d in self._deltas.items()},
@@ -646,8 +770,7 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         sources = [delta for source, delta in self._deltas.items() if source != _SOURCE]
         if not sources:
             return self._meta
-        ids = dict.fromkeys(delta.content_id for delta in sources)
-        return {"trained_on": [{"id": i, "alpha": 1.0} for i in ids], **self._meta}
+        return {"trained_on": trained_on(sources), **self._meta}
 
 
 class LotteryTicketTrainer(LotteryTicketMixin, Trainer):
@@ -712,6 +835,13 @@ class _Between(TrainerCallback):
         if isinstance(mixed, MultiSource) and self.trainer._updates is not None:
             mixed.set_epoch(state.global_step // self.trainer._updates)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # transformers 4.57 does not, and phases shorter than eval_steps would have no best weights.
+        if args.eval_strategy == "steps" and state.global_step >= max(
+            state.max_steps, args.eval_delay
+        ):
+            control.should_evaluate = True
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         phase = self.trainer.phase
         if phase is not None and phase.name == "full":
@@ -764,6 +894,16 @@ def _loaded(sft: SparseDelta | str | os.PathLike[str] | None) -> SparseDelta | N
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _sizes(data: Any) -> Any:
+    """Examples of a data set, or of each in a mapping; None where they are not counted."""
+    if isinstance(data, Mapping):
+        return {str(name): _sizes(own) for name, own in data.items()}
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
