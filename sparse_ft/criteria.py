@@ -63,9 +63,10 @@ class Candidates:
         start: Their values at the start, on any device; None where there are none.
         k: Entries to choose.
         exclude: idx and ptr of entries that must not be chosen.
-        seed: For criteria that draw at random.
+        seed: For criteria that draw at random; `draw_seed` is to be used.
         tie: "index" or "all".
         embeddings: Those of the names that are embeddings.
+        group: Number of the group within which a budget selects.
     """
 
     names: Sequence[str]
@@ -76,6 +77,12 @@ class Candidates:
     seed: int
     tie: str
     embeddings: frozenset[str] = frozenset()
+    group: int = 0
+
+    def draw_seed(self, own: int | None = None) -> int:
+        """A seed of a criterion's own, or the one of the selection, for this group: groups draw
+        independently."""
+        return (self.seed if own is None else own) + self.group * 0x9E3779B97F4A7C15
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +174,8 @@ def by_score(name: str, score: Score, *, needs_training: bool = True, **settings
     Args:
         name: Its name.
         score: `(name, now, start) -> scores`, in the shape of the tensor `now`; `start` is None
-            where there is no θ0. It is asked for one tensor after another.
+            where there is no θ0. It is asked for one tensor after another, and reads them: `now` is
+            the model's own memory, so it must not write into it.
         needs_training: Does full tuning have to come first?
         **settings: What its recipe says.
     """
@@ -244,9 +252,9 @@ def denoised(
             matrices; or "full".
         energy: "sq" (Σσ², the variance) or "abs" (Σσ).
         keep_high: Share of the entries of each matrix's higher-order part to keep, in [0, 1].
-        embeddings: Denoise embeddings too? Or patterns of names: those that are left as they are.
-            Embeddings are the weights of `nn.Embedding`; in a mapping of tensors, names with
-            "embed" in them.
+        embeddings: True: denoise embeddings too. False: leave them as they are; they are the
+            weights of `nn.Embedding`, and in a mapping of tensors the names with "embed" in them.
+            Patterns of `fnmatch` say what counts as an embedding, and is left as it is, instead.
         method: "gram", "svd" or "randomized" (approximate, for an integer rank), as in
             `sparse_ft.denoise`.
         seed: For "randomized".
@@ -267,6 +275,11 @@ def denoised(
     def choose(candidates: Candidates) -> Choice:
         start = candidates.beginnings("denoised")
         splits: dict[str, dict[str, Any]] = {}
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in candidates.names):
+                raise ValueError(
+                    f"criteria.denoised: embeddings: no eligible parameter is called {pattern!r}"
+                )
 
         def scores() -> Iterator[Tensor]:
             for i, (name, now) in enumerate(zip(candidates.names, candidates.current, strict=True)):
@@ -319,7 +332,7 @@ def random(seed: int | None = None) -> Criterion:
         at = select_random(
             candidates.current,
             k=candidates.k,
-            seed=candidates.seed if seed is None else seed,
+            seed=candidates.draw_seed(seed),
             exclude=candidates.exclude,
         )
         return (*at, None, {})
@@ -464,7 +477,7 @@ def calibrate(
     of one example for the Fisher of Sung et al.
 
     The model runs in evaluation mode. It needs 4 bytes for each eligible entry, and one dense
-    gradient at a time. Model, gradients and random state are as they were in the end, after an
+    gradient at a time. Model, buffers, gradients and random state are as they were in the end, after an
     exception too.
 
     Args:
@@ -472,15 +485,15 @@ def calibrate(
         batches: What `loss` takes.
         loss: `(model, batch) -> scalar`.
         kind: "gradient", "fisher" or "snip".
-        samples: Batches to use at most; default: all.
+        samples: How many batches to use at most, whatever their size; default: all.
         eligible: As in `select`.
 
     Returns:
         fp32 scores by name, each in its parameter's shape and on its device.
 
     Raises:
-        ValueError: A loss or a gradient is NaN or infinite, there is no batch, or an argument is
-            out of range.
+        ValueError: A loss or a gradient is NaN or infinite, there is no batch, an argument is out
+            of range, or, for "fisher", a parameter's gradient comes in two parts.
     """
     from .select import eligible_parameters
 
@@ -494,9 +507,19 @@ def calibrate(
     chosen = eligible_parameters(model, rule)
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in chosen.items()}
 
-    def collect(into: Tensor) -> Callable[[Tensor], None]:
+    seen: set[str] = set()
+
+    def collect(name: str) -> Callable[[Tensor], None]:
+        into = sums[name]
+
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
+            if kind == "fisher" and name in seen:
+                raise ValueError(
+                    f"calibrate: one backward pass gave {name!r} two gradients, and the square of "
+                    "their sum is wanted; checkpoint with use_reentrant=False, or not at all"
+                )
+            seen.add(name)
             found = parameter.grad.to(torch.float32)
             if found.layout is not torch.strided:
                 found = found.to_dense()
@@ -510,9 +533,10 @@ def calibrate(
 
     count = 0
     with _untouched(model, chosen):
-        hooks = [p.register_post_accumulate_grad_hook(collect(sums[n])) for n, p in chosen.items()]
+        hooks = [p.register_post_accumulate_grad_hook(collect(n)) for n, p in chosen.items()]
         try:
             for batch in islice(batches, samples):
+                seen.clear()
                 with torch.enable_grad():
                     value = loss(model, batch)
                     if not math.isfinite(found := float(value.detach())):
@@ -545,7 +569,9 @@ def _untouched(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Iterator
     trainable = {name: p.requires_grad for name, p in parameters.items()}
     grads = {name: p.grad for name, p in parameters.items()}
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # Buffers may be written to, or be replaced.
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     python, numpy = python_random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
@@ -560,8 +586,11 @@ def _untouched(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Iterator
                 parameter.grad = grads[name]
             for module, training in modes:
                 module.training = training
+            for module, held in buffers:
+                module._buffers.clear()
+                module._buffers.update(held)
             with torch.no_grad():
-                for buffer, value in buffers:
+                for buffer, value in values:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
             python_random.setstate(python)

@@ -12,6 +12,8 @@ G is summed in fp64, so that squaring the condition number loses nothing that fp
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +99,13 @@ def denoise(
         return delta, Split(full, full, 1.0)
     if not delta.any():
         return delta, Split(0, full, 0.0)
+    with _exact_products(delta.device):
+        return _denoised(delta, rank, energy, keep_high, method, seed)
+
+
+def _denoised(
+    delta: Tensor, rank: str | int, energy: str, keep_high: float, method: str, seed: int
+) -> tuple[Tensor, Split]:
     # Singular vectors are sought on the smaller side.
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     if method == "gram":
@@ -115,6 +124,18 @@ def denoise(
         at = Support(Layout.of({"": delta}), idx, ptr, check=False).indices("")
         low.view(-1)[at] = delta.reshape(-1)[at]
     return low, split
+
+
+@contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """Products of fp32 matrices in fp32, whatever autocast and TF32 say outside."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def check_options(rank: str | int, energy: str, keep_high: float, method: str) -> None:

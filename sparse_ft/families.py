@@ -23,6 +23,7 @@ __all__ = [
     "freeze_norms",
     "is_norm",
     "named_parameters",
+    "unwrapped",
 ]
 
 _NORM_TYPES: tuple[type[nn.Module], ...] = (
@@ -33,6 +34,17 @@ _NORM_TYPES: tuple[type[nn.Module], ...] = (
 )
 # RMSNorm, LlamaRMSNorm, LayerNorm2d, MambaRMSNormGated; not NormalHead.
 _NORM_NAME = re.compile(r"norm(\dd|gated|fp32)?$", re.IGNORECASE)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -65,17 +77,18 @@ def aliases(model: nn.Module) -> dict[str, list[str]]:
 def known_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by every name that a file may have for them: all of their own; and as
     transformers loads a bare model from a file of one with a head and the other way round, those
-    with the backbone's prefix put before or taken off, where no parameter has that name."""
+    with the backbone's prefix put before or taken off, where no parameter has that name. The
+    prefixes are those of the model's class and of the classes that it comes from: Llama's is
+    "model", but "transformer" in the class for question answering."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    place, inner = _backbone(model)
-    prefix = place or getattr(model, "base_model_prefix", "")
-    if not isinstance(prefix, str) or not prefix:
+    bare = dict(_backbone(model)[1].named_parameters(remove_duplicate=False))
+    inner = unwrapped(model)
+    prefixes = {getattr(c, "base_model_prefix", None) for c in (inner, *type(inner).__mro__)}
+    names = sorted(p for p in prefixes if isinstance(p, str) and p)
+    if not names:
         return own
-    if place:
-        others = dict(inner.named_parameters(remove_duplicate=False))
-    else:
-        others = {f"{prefix}.{name}": parameter for name, parameter in own.items()}
-    return {**others, **own}
+    others = {f"{prefix}.{name}": p for prefix in names for name, p in bare.items()}
+    return {**others, **bare, **own}
 
 
 def check_usable(what: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -103,8 +116,9 @@ def backbone(model: nn.Module) -> nn.Module:
 
 def _backbone(model: nn.Module) -> tuple[str, nn.Module]:
     """Where the backbone is in a model ("" for all of it), and the backbone."""
-    prefix = getattr(model, "base_model_prefix", "")
-    inner = getattr(model, prefix, None) if isinstance(prefix, str) and prefix else None
+    whole = unwrapped(model)
+    prefix = getattr(whole, "base_model_prefix", "")
+    inner = getattr(whole, prefix, None) if isinstance(prefix, str) and prefix else None
     places = (place for place, module in model.named_modules() if module is inner)
     place = next(places, "")
     return (place, inner) if place and isinstance(inner, nn.Module) else ("", model)
@@ -113,23 +127,34 @@ def _backbone(model: nn.Module) -> tuple[str, nn.Module]:
 def backbone_names(model: nn.Module) -> set[str]:
     """Names of the parameters that belong to the backbone, as `named_parameters` gives them.
 
-    Membership goes by the parameter itself, not by a prefix of its name. An output matrix belongs
-    to it where it is tied to the input embeddings; T5 keeps one of its own beside the encoder and
-    the decoder, and that is a head.
+    Membership goes by the parameter itself, not by a prefix of its name: an output matrix belongs
+    to it where it is tied to the input embeddings.
     """
     inner = backbone(model)
     inside = {id(parameter) for parameter in inner.parameters()}
-    find_out = getattr(model, "get_output_embeddings", None)
-    output = find_out() if callable(find_out) and inner is model else None
-    if isinstance(output, nn.Module):
-        elsewhere = {
+    if inner is model and (heads := _heads_beside(unwrapped(model))):
+        inside &= {
             id(parameter)
             for module in model.modules()
-            if module is not output
+            if module not in heads
             for parameter in module.parameters(recurse=False)
         }
-        inside &= elsewhere
     return {name for name, parameter in named_parameters(model).items() if id(parameter) in inside}
+
+
+def _heads_beside(model: nn.Module) -> set[nn.Module]:
+    """The modules of the heads of a model that has no module for its backbone. T5 keeps its output
+    matrix beside the encoder and the decoder, and its head for question answering too: what comes
+    after the last part that is a pretrained model itself."""
+    find_out = getattr(model, "get_output_embeddings", None)
+    heads: list[Any] = [find_out() if callable(find_out) else None]
+    # transformers calls a class with a head so; a bare model such as CLIP's ends in projections.
+    if getattr(model, "base_model_prefix", "") and "For" in type(model).__name__:
+        children = [*model.children()]
+        parts = [i for i, child in enumerate(children) if hasattr(child, "base_model_prefix")]
+        if parts:
+            heads += children[parts[-1] + 1 :]
+    return {m for head in heads if isinstance(head, nn.Module) for m in head.modules()}
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from sparse_ft_kernels import NonFiniteError, merge
 
 from .criteria import Candidates, Criterion, as_criterion, embedding_names, fitted
 from .delta import SparseDelta
-from .families import backbone_names, check_usable, named_parameters
+from .families import backbone_names, check_usable, known_names, named_parameters
 from .snapshot import starting_values
 from .tiles import Layout, Support
 
@@ -84,6 +84,8 @@ def resolve_k(k: int | None, density: float | None, numel: int) -> int:
     Raises:
         ValueError: Both or neither are given, or the one given is out of range.
     """
+    if numel < 1:
+        raise ValueError("there is no entry to select: all that are eligible are in exclude")
     if (k is None) == (density is None):
         raise ValueError("give either k (a count) or density (a share), not both or neither")
     if k is not None:
@@ -130,7 +132,7 @@ def select(
         theta0: The values at the start: a `Snapshot`, other tensors by name, or the path of a
             checkpoint, which is read tensor by tensor.
         k: Entries to select.
-        density: Their share of the eligible entries instead, in (0, 1].
+        density: Their share of the eligible entries that `exclude` leaves instead, in (0, 1].
         criterion: "magnitude" (largest |θ1 − θ0|), "denoised", "random", "weight", "bias", one of
             `sparse_ft.criteria`, or a function `(name, now, start) -> scores` whose largest
             |scores| are taken; scores have the tensor's shape.
@@ -139,7 +141,8 @@ def select(
         include: A support or an SFT, or several, whose entries are selected in any case; they
             count towards K.
         exclude: A support or an SFT, or several, whose entries must not be selected (later rounds
-            of iterative LT-SFT; disjoint tasks). Those of other tensors do not matter.
+            of iterative LT-SFT; disjoint tasks). Those of other tensors do not matter. Names are
+            matched as `SparseDelta.bind` does, with the prefix of a backbone before them or not.
         budgets: Selects within groups of parameters. A mapping gives each group its K (an integer)
             or density (a float), by patterns of `fnmatch` of which the first that fits counts;
             what `k` or `density` leave is for the parameters that none fits, and without these two
@@ -149,7 +152,7 @@ def select(
         tie: "index" selects exactly K, the first by (name, position) among equals; "all" selects
             every entry that reaches the threshold, as the LT-SFT reference implementation does.
         fill: Where fewer than K entries have a score other than 0 (did move), fill up in order of
-            (name, position) instead of failing.
+            (name, position) instead of failing. With tie="index".
 
     Returns:
         The support, over the eligible parameters. Its `info` holds threshold and ties, by group if
@@ -183,12 +186,18 @@ def select(
         )
     if tie not in ("index", "all"):
         raise ValueError(f'select: tie must be "index" or "all", got {tie!r}')
+    if fill and tie == "all":
+        raise ValueError(
+            'select: fill=True fills up among entries that all tie at 0, and tie="all" would take '
+            'every one; use tie="index"'
+        )
     device = next(iter(current.values())).device
     start = None if theta0 is None else _checked(starting_values("select", theta0), current)
     how = as_criterion(criterion)
 
-    kept = _union(layout, _supports("include", include, layout), device)
-    out = _union(layout, _supports("exclude", exclude, layout), device)
+    known = _canonical_names(model)
+    kept = _union(layout, _supports("include", include, layout, known), device)
+    out = _union(layout, _supports("exclude", exclude, layout, known), device)
     both = _union(layout, [kept, out], device)
     if both.nnz < kept.nnz + out.nnz:
         found, a, b = both.counts(), kept.counts(), out.counts()
@@ -223,10 +232,10 @@ def select(
             start=None if start is None else [start[name] for name in names],
             k=count - inside,
             exclude=(skip.idx, skip.ptr) if skip.nnz else None,
-            # Groups draw independently.
-            seed=seed + i * 0x9E3779B97F4A7C15,
+            seed=seed,
             tie=tie,
             embeddings=embeddings,
+            group=i,
         )
         part, info = _choose(how, candidates, label, fill)
         parts.append(part)
@@ -263,9 +272,16 @@ def _choose(
     try:
         idx, ptr, info, more = how.choose(candidates)
     except NonFiniteError as error:
+        name = names[error.ordinal]
+        if candidates.current[error.ordinal].isfinite().all() and (
+            candidates.start is None or candidates.start[error.ordinal].isfinite().all()
+        ):
+            raise ValueError(
+                f'select: criterion "{how.name}" gives NaN or infinity for entries of {name!r}, '
+                "whose values are finite; such scores cannot be ranked"
+            ) from error
         raise ValueError(
-            f"select: parameter {names[error.ordinal]!r} holds NaN or infinity, so its entries "
-            "cannot be ranked; "
+            f"select: parameter {name!r} holds NaN or infinity, so its entries cannot be ranked; "
             "the training has diverged there, or exclude it with eligible="
         ) from error
     layout = Layout.of(dict(zip(names, candidates.current, strict=True)))
@@ -316,7 +332,17 @@ def _checked(theta0: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> Map
 # --- supports ---------------------------------------------------------------------------------
 
 
-def _supports(what: str, entries: Entries, layout: Layout) -> list[Support]:
+def _canonical_names(model: nn.Module | Mapping[str, Tensor]) -> dict[str, str]:
+    """The names that `named_parameters` gives to parameters, by all that a file may have."""
+    if not isinstance(model, nn.Module):
+        return {}
+    own = {id(p): name for name, p in named_parameters(model).items()}
+    return {name: own[id(p)] for name, p in known_names(model).items()}
+
+
+def _supports(
+    what: str, entries: Entries, layout: Layout, known: Mapping[str, str]
+) -> list[Support]:
     """What include or exclude was given, over the eligible tensors."""
     given = [entries] if isinstance(entries, Support | SparseDelta) else [*(entries or ())]
     found = []
@@ -326,11 +352,37 @@ def _supports(what: str, entries: Entries, layout: Layout) -> list[Support]:
                 f"select: {what} must be a Support or a SparseDelta, or several, got "
                 f"{type(item).__name__}"
             )
-        support = item if isinstance(item, Support) else item.support
+        support = _renamed(item if isinstance(item, Support) else item.support, known)
         if what == "exclude":
-            support = support.restrict(n for n in support.layout.names if n in layout)
+            inside = support.restrict(n for n in support.layout.names if n in layout)
+            if support.nnz and not inside.nnz:
+                _check_other_names(support, layout)
+            support = inside
         found.append(fitted(what, support, layout))
     return found
+
+
+def _renamed(support: Support, known: Mapping[str, str]) -> Support:
+    """The same entries under the names of a model."""
+    names = {name: known.get(name, name) for name in support.layout.names}
+    if all(name == own for name, own in names.items()) or len({*names.values()}) < len(names):
+        return support
+    shapes = dict(zip(names.values(), support.layout.shapes, strict=True))
+    entries = {own: support.indices(name) for name, own in names.items()}
+    return Support.from_indices(Layout.of(shapes), entries)
+
+
+def _check_other_names(support: Support, layout: Layout) -> None:
+    """Refuses what excludes nothing, if that is for its names alone."""
+    ends = {name.partition(".")[2]: name for name in layout.names} | {n: n for n in layout.names}
+    ends.pop("", None)
+    for name, count in support.counts().items():
+        own = ends.get(name.partition(".")[2]) or ends.get(name)
+        if count and own is not None:
+            raise ValueError(
+                f"select: exclude: it has entries of {name!r}, which is not eligible, but "
+                f"{own!r} is; rename its tensors, or leave it out if it is of another model"
+            )
 
 
 def _union(layout: Layout, supports: Sequence[Support], device: torch.device) -> Support:

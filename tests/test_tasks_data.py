@@ -44,10 +44,12 @@ New York\tB-LOC
 
 def test_conll(write):
     examples = data.read(write("a.conll", CONLL))
-    assert [(e["tokens"], e["tags"], e["line"]) for e in examples] == [
-        (["EU", "said"], ["B-ORG", "O"], 3),
-        (["#", "New York"], ["O", "B-LOC"], 6),
+    assert [(e["tokens"], e["tags"]) for e in examples] == [
+        (["EU", "said"], ["B-ORG", "O"]),
+        (["#", "New York"], ["O", "B-LOC"]),
     ]
+    assert examples.lines == [3, 6]
+    assert examples.where(1).endswith("a.conll, line 6")
     # MasakhaNER's files are called .txt; CoNLL-2003 has four columns.
     assert data.read(write("a.txt", CONLL), plain="conll") == examples
     four = data.read(write("b.conll", "U.N. NNP I-NP I-ORG\nofficial NN I-NP O"))
@@ -55,8 +57,10 @@ def test_conll(write):
     assert data.read_conll(write("b.conll", "a X B\nb Y C"), token=1, tag=0)[0] == {
         "tokens": ["X", "Y"],
         "tags": ["a", "b"],
-        "line": 1,
     }
+    # Neither a no-break space nor one of Chinese ends a column or a sentence.
+    spaces = data.read(write("c.conll", "1\u00a0000  O\n\u3000 O\n \t\nPeter\tB-PER\n"))
+    assert [e["tokens"] for e in spaces] == [["1\u00a0000", "\u3000"], ["Peter"]]
 
 
 CONLLU = """# sent_id = 1
@@ -72,15 +76,16 @@ CONLLU = """# sent_id = 1
 
 def test_conllu(write):
     path = write("a.conllu", CONLLU)
-    assert list(data.read(path)) == [
+    examples = data.read(path)
+    assert examples.lines == [3, 8]
+    assert list(examples) == [
         {
             "tokens": ["vamos", "nos"],
-            "line": 3,
             "upos": ["VERB", "PRON"],
             "heads": [0, 1],
             "relations": ["root", "obj:x"],
         },
-        {"tokens": ["sí"], "line": 8},
+        {"tokens": ["sí"]},
     ]
 
 
@@ -102,20 +107,40 @@ def test_malformed_conllu(write, old, new, message):
 
 def test_json_lines(write):
     path = write("a.jsonl", '{"text": "a\u2028b", "label": 1}\n\n{"text": "c"}')
-    assert list(data.read(path)) == [
-        {"text": "a\u2028b", "label": 1, "line": 1},
-        {"text": "c", "line": 3},
-    ]
+    examples = data.read(path)
+    assert list(examples) == [{"text": "a\u2028b", "label": 1}, {"text": "c"}]
+    assert examples.lines == [1, 3]
 
 
 def test_csv(write):
     path = write("a.csv", 'text,label\n"one, ""two""\nthree",x\nfour,y\n')
-    assert list(data.read(path)) == [
-        {"text": 'one, "two"\nthree', "label": "x", "line": 3},
-        {"text": "four", "label": "y", "line": 4},
+    examples = data.read(path)
+    assert list(examples) == [
+        {"text": 'one, "two"\nthree', "label": "x"},
+        {"text": "four", "label": "y"},
     ]
+    assert examples.lines == [3, 4]
     long = "w" * 200_000
-    assert data.read(write("b.tsv", f'text\tlabel\n"{long}"\tx'))[0]["text"] == long
+    assert data.read(write("b.tsv", f"text\tlabel\n{long}\tx"))[0]["text"] == long
+    # A column may have any name.
+    assert list(data.read(write("c.csv", "line,label\na,b"))) == [{"line": "a", "label": "b"}]
+
+
+def test_a_quotation_mark_in_a_tsv_file_is_text(write):
+    path = write("a.tsv", 'text\tlabel\n"so\tpos\n"I" said\tneg\nok"\tpos\n')
+    assert texts(data.read(path)) == ['"so', '"I" said', 'ok"']
+    quoted = write("b.tsv", 'text\tlabel\n"a\tb"\tpos\n')
+    assert texts(data.read(quoted, quoting=True)) == ["a\tb"]
+    with pytest.raises(DataError, match="line 2: does not have the 2 fields"):
+        data.read(quoted)
+
+
+def test_an_option_of_another_format(write):
+    path = write("a.txt", "a O")
+    with pytest.raises(TypeError, match="the format text takes no argument 'token'; it takes none"):
+        data.read(path, token=1)
+    with pytest.raises(TypeError, match="conll takes no argument 'x'; it takes token, tag"):
+        data.read(path, plain="conll", x=1)
 
 
 SQUAD = {
@@ -187,6 +212,9 @@ def test_wrong_encoding_names_line_and_byte(write, name, mark):
         ("a.csv", "a,b\n1,2\n3\n", "line 3: does not have the 2 fields"),
         ("a.csv", "a,b\n1,2,3\n", "line 2: does not have the 2 fields"),
         ("a.csv", 'a,b\n"1,2\n', ": unexpected end"),
+        ("a.csv", "a,b,a\n1,2,3\n", "line 1: two columns have the name 'a'"),
+        ("a.conll", "a O\rb O\r", "line 1: holds a carriage return"),
+        ("a.conllu", "1\ta\r\r", "line 1: holds a carriage return"),
         ("a.xyz", "a", "the suffix '.xyz' says nothing"),
     ],
 )
@@ -278,14 +306,15 @@ def texts(examples):
     st.randoms(use_true_random=False),
 )
 def test_held_out(rows, share, seed, shuffled):
-    examples = Examples(({"text": t, "line": i} for i, t in enumerate(rows)), "f.txt")
+    examples = Examples(({"text": t} for t in rows), "f.txt", range(len(rows)))
     train, valid = held_out(examples, share, seed)
     assert train
     assert valid
     assert train.source == valid.source == "f.txt"
     assert sorted(texts(train) + texts(valid)) == sorted(rows)
     assert not {*texts(train)} & {*texts(valid)}
-    assert [e["line"] for e in valid] == sorted(e["line"] for e in valid)
+    assert valid.lines == sorted(valid.lines)
+    assert [rows[i] for i in valid.lines] == texts(valid)
     most = max(rows.count(text) for text in rows)
     assert len(valid) <= max(most, share * len(rows))
     other = list(examples)

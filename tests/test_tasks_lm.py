@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 import task_models
 
 from sparse_ft.tasks import TASKS, DataError, Examples
+from sparse_ft.tasks.base import evaluating
 from sparse_ft.tasks.lm import Blocks, mask_pieces
 
 MLM, CLM = TASKS["mlm"](), TASKS["clm"]()
@@ -47,6 +48,19 @@ def test_tasks_are_records_of_their_options():
         options = json.loads(json.dumps(dataclasses.asdict(task)))
         assert kind(**options) == task
         assert task.greater_is_better == (task.role == "task")
+
+
+def test_a_model_that_was_evaluated_can_be_trained():
+    class Cached(torch.nn.Linear):
+        def forward(self, x):
+            if not hasattr(self, "scale"):
+                self.scale = torch.ones(x.shape)
+            return super().forward(x * self.scale)
+
+    model, x = Cached(2, 1), torch.ones(3, 2)
+    with evaluating(model):
+        assert not model(x).requires_grad
+    model(x).sum().backward()
 
 
 def test_collating_travels_to_workers(bases):
@@ -227,7 +241,7 @@ def test_errors(bases):
     with pytest.raises(ValueError, match=r"max_length is 3; 4 is the least \(2 special"):
         MLM.encode(TEXT, tokenizer, 3)
     with pytest.raises(DataError, match=r"a\.csv, line 2: there is no field 'text'; there are: x"):
-        MLM.checked(Examples([{"x": "y", "line": 2}], "a.csv"))
+        MLM.checked(Examples([{"x": "y"}], "a.csv", [2]))
     with pytest.raises(DataError, match="example 1: 'text' must be str, found '3'"):
         MLM.checked(Examples([{"text": 3}]))
     with pytest.raises(ValueError, match=r"probability must lie in \(0, 1\], got 0"):

@@ -58,6 +58,15 @@ def test_entity_schemes_differ_on_what_is_not_well_formed():
     assert entity_f1([["S-PER", "O"]], [["S-PER", "O"]], "IOBES")["f1"] == 1
 
 
+@pytest.mark.parametrize("tag", ["E-PER", "S-PER", "L-PER", "U-PER"])
+def test_tags_of_another_scheme_need_its_name(tag):
+    for predicted, gold in (("B-PER", tag), (tag, "B-PER")):
+        with pytest.raises(ValueError, match=rf"'{tag}' is not of B-, I- and O.* IOBES .* BILOU"):
+            entity_f1([[predicted]], [[gold]])
+    scheme = {"E": "IOE2", "S": "IOBES"}.get(tag[0], "BILOU")
+    assert entity_f1([[tag]], [[tag]], scheme)["f1"] == (tag[0] != "L")
+
+
 def spans(tags):
     """Entities of well-formed IOB2 tags, read off by hand."""
     found, start = set(), None

@@ -185,6 +185,52 @@ def test_words_that_do_not_fit_count_as_wrong(parser):
     assert 14 / 19 <= found["uas"] <= 16 / 19
 
 
+def test_a_batch_without_a_head_within_reach_has_no_loss(parser):
+    task, model, tokenizer, _, labels = parser
+    far = Examples([sentence("a a a a", [4, 4, 4, 0], "dep dep dep root")])
+    features = task.encode(far, tokenizer, 4, labels=labels)
+    batch = task.collate(tokenizer)(features)
+    assert (batch["heads"] == -100).all()
+    loss = task.loss(model, batch)
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_punctuation_of_every_subtype_may_be_left_out(parser):
+    _, model, tokenizer, features, _ = parser
+    task = TASK(punctuation=False, subtypes=True)
+    text = [dict(example) for example in TEXT]
+    for example in text:
+        example["relations"] = [r.replace("punct", "punct:x") for r in example["relations"]]
+    n = sum(len(example["tokens"]) for example in text)
+    assert task.evaluate(model, features, text, tokenizer)["n"] == n - 1
+
+
+def test_a_wrapped_parser_is_scored(parser):
+    task, model, tokenizer, features, _ = parser
+    found = task.evaluate(torch.compile(model, backend="eager"), features, TEXT, tokenizer)
+    assert found == task.evaluate(model, features, TEXT, tokenizer)
+    with pytest.raises(TypeError, match="must be a BiaffineParser, as build gives it, got Linear"):
+        task.evaluate(torch.nn.Linear(1, 1), features, TEXT, tokenizer)
+
+
+def test_scores_that_are_no_numbers_make_no_tree():
+    scores = np.zeros((2, 3))
+    for row, column, bad in ((1, 1, np.nan), (0, 0, np.inf), (1, 0, -np.inf)):
+        broken = scores.copy()
+        broken[row, column] = bad
+        with pytest.raises(ValueError, match="the scores hold NaN, or infinity for the root"):
+            spanning_tree(broken)
+
+
+def test_contractions_of_datasets_are_left_out():
+    row = sentence("del de el cat", ["None", "3", "3", "0"], "_ case det root")
+    (read,) = TASK().checked(Examples([row], "ud"))
+    assert read == sentence("de el cat", [3, 3, 0], "case det root")
+    assert row["heads"][0] == "None"
+
+
 def test_labels(parser):
     _, _, _, _, labels = parser
     assert labels == sorted(RELATIONS)

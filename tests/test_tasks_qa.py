@@ -157,12 +157,21 @@ def test_files(tmp_path):
         "question": "who?",
         "context": task_models.TEXT[1],
         "answers": [(0, "Anna")],
-        "line": 1,
     }
     rows[0]["answers"] = [{"text": "Paris", "answer_start": 14}]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
     assert TASK().read(path)[0]["answers"] == [(14, "Paris")]
+
+
+def test_checked_examples_stay_as_they_are_and_spaces_are_no_answer():
+    context = "the book by Anna "
+    answers = {"text": ["Anna ", " book"], "answer_start": [12, 3]}
+    given = Examples([{"question": "who", "context": context, "answers": answers}])
+    once = TASK().checked(given)
+    assert given[0]["answers"] is answers
+    assert once[0]["answers"] == [(12, "Anna"), (4, "book")]
+    assert TASK().checked(once) == once
 
 
 def test_errors(bases):

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import hypothesis
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,10 +194,30 @@ def test_types_that_do_not_count(tmp_path):
         TASK(outside="DATE")
 
 
+def test_contractions_of_datasets_are_left_out():
+    rows = [{"tokens": ["del", "de", "el", "_"], "upos": ["_", "ADP", "DET", "SYM"]}]
+    given = Examples(rows, "ud")
+    (read,) = TASK(metric="accuracy", tags="upos").checked(given)
+    assert read == {"tokens": ["de", "el", "_"], "upos": ["ADP", "DET", "SYM"]}
+    assert len(given[0]["tokens"]) == 4
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")]
+)
+def test_wrapped_models_are_scored(bases, wrap):
+    task = TASK(metric="accuracy")
+    tokenizer, examples = task.tokenizer(bases["bert"]), Examples([{"tokens": ["Anna", "lives"], "tags": ["X", "O"]}])
+    features = task.encode(examples, tokenizer, 8, labels=["O", "X"])
+    model = task.build(bases["bert"], ["O", "X"])
+    found = task.evaluate(wrap(model), features, examples, tokenizer)
+    assert found == task.evaluate(model, features, examples, tokenizer)
+
+
 def test_errors(bases):
     task = TASK()
     tokenizer = task.tokenizer(bases["bert"])
-    wider = Examples([{"tokens": ["a"], "tags": ["B-DATE"], "line": 7}], "dev.conll")
+    wider = Examples([{"tokens": ["a"], "tags": ["B-DATE"]}], "dev.conll", [7])
     with pytest.raises(DataError, match=r"dev\.conll, line 7: the label 'B-DATE' is not one of the "
                        r"model's 2 labels \(B-PER, O\)"):  # fmt: skip
         task.encode(wider, tokenizer, 8, labels=["B-PER", "O"])
@@ -206,6 +227,10 @@ def test_errors(bases):
         task.labels(Examples([{"tokens": ["a", "b"], "tags": ["NOUN", "O"]}], "pos.conll"))
     with pytest.raises(DataError, match="has one label"):
         task.labels(Examples([{"tokens": ["a"], "tags": ["O"]}]))
+    other = Examples([{"tokens": ["a", "b"], "tags": ["O", "S-PER"]}], "ner.conll")
+    with pytest.raises(DataError, match=r"ner\.conll: the tag 'S-PER' .* scheme must be named"):
+        task.labels(other)
+    assert TASK(scheme="IOBES").labels(other) == ["O", "S-PER"]
     with pytest.raises(DataError, match="example 1: 2 words and 1 labels"):
         task.checked(Examples([{"tokens": ["a", "b"], "tags": ["O"]}]))
     with pytest.raises(DataError, match="words and labels must be text, found 3"):

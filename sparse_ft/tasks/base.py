@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..families import unwrapped
 from . import data
 from .data import DataError, Examples
 from .heads import load_model, load_tokenizer
@@ -76,7 +77,7 @@ class Task(ABC):
         return self.checked(data.read(source, split=split, plain=self.plain, **options))
 
     def checked(self, examples: Examples) -> Examples:
-        """Rows as examples of this task, each with the fields that it needs.
+        """Rows as examples of this task, each with the fields that it needs; `examples` stays.
 
         Raises:
             DataError: A field is missing or malformed; it names the file and the line.
@@ -227,7 +228,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        # Not inference_mode: what a model caches under it, rotary tables say, cannot be trained
+        # with afterwards.
+        with torch.no_grad():
             yield
     finally:
         for module, mode in modes.items():
@@ -290,7 +293,7 @@ def unknown_label(
 
 def head_labels(model: nn.Module) -> list[str]:
     """The labels that a model's head tells apart, in order."""
-    config: Any = model.config
+    config: Any = unwrapped(model).config
     return [config.id2label[i] for i in range(len(config.id2label))]
 
 
@@ -302,7 +305,7 @@ def field(examples: Examples, i: int, name: str, kind: type | tuple[type, ...]) 
     """
     row = examples[i]
     if name not in row:
-        there = ", ".join(key for key in row if key != "line") or "none"
+        there = ", ".join(row) or "none"
         raise DataError(f"{examples.where(i)}: there is no field {name!r}; there are: {there}")
     if not isinstance(row[name], kind):
         names = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)

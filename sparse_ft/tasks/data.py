@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -42,6 +43,8 @@ _SPLITS = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # One field of a CSV file may hold a long document.
 _MAX_FIELD = 1 << 27
+# What stands between columns of CoNLL files, and on empty lines.
+_BLANK = " \t"
 
 
 class DataError(ValueError):
@@ -54,16 +57,28 @@ class Examples(list[dict[str, Any]]):
     Args:
         rows: One dict an example.
         source: What messages call it.
+        lines: Where each of them begins in the file, from 1; None where that is not known.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]] = (), source: str = "data") -> None:
+    def __init__(
+        self,
+        rows: Iterable[dict[str, Any]] = (),
+        source: str = "data",
+        lines: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(rows)
         self.source = source
+        self.lines = lines
 
     def where(self, i: int) -> str:
         """How a message names example `i`."""
-        line = self[i].get("line")
-        return f"{self.source}, line {line}" if line else f"{self.source}, example {i + 1}"
+        if self.lines is None:
+            return f"{self.source}, example {i + 1}"
+        return f"{self.source}, line {self.lines[i]}"
+
+    def replaced(self, rows: Iterable[dict[str, Any]]) -> Examples:
+        """Other rows in the place of these, one for one."""
+        return Examples(rows, self.source, self.lines)
 
 
 def source_of(examples: Sequence[Mapping[str, Any]]) -> str:
@@ -91,7 +106,7 @@ def read(
     """Reads data by what they are: a file by its suffix, a folder, or a name on the Hub.
 
     Args:
-        source: A file; a folder with one file a split (`train.conllu`, `en_ewt-ud-dev.conllu`) or
+        source: A file, which is read whatever `split` says; a folder with one file a split (`train.conllu`, `en_ewt-ud-dev.conllu`) or
             one that `datasets` saved; or, where there is no such path, a data set's name on the
             Hub.
         split: "train", "validation" or "test" (or a data set's own name for one); needed for a
@@ -103,6 +118,7 @@ def read(
 
     Raises:
         DataError: It is not there, is not in that format, or holds nothing.
+        TypeError: The format has no such option.
     """
     path = Path(source)
     if format is not None and format not in _READERS:
@@ -124,7 +140,14 @@ def read(
             f"{path}: the suffix {path.suffix!r} says nothing of its format; name it (format=): "
             f"{', '.join(_READERS)}"
         )
-    return _READERS[format](path, **options)
+    reader = _READERS[format]
+    known = [name for name in inspect.signature(reader).parameters if name != "path"]
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(
+            f"{path}: the format {format} takes no argument {unknown[0]!r}; it takes "
+            f"{', '.join(known) or 'none'}"
+        )
+    return reader(path, **options)
 
 
 def _file_of_split(folder: Path, split: str | None) -> Path:
@@ -168,31 +191,35 @@ def read_conll(path: Source, *, token: int = 0, tag: int = -1) -> Examples:
         tag: Column of the tag; -1: the last one.
 
     Returns:
-        Examples {"tokens": [str], "tags": [str], "line": of the first token}.
+        Examples {"tokens": [str], "tags": [str]}.
 
     Raises:
-        DataError: The file is missing, empty or not UTF-8, or a line has too few columns.
+        DataError: The file is missing, empty or not UTF-8, a line has too few columns, or lines end
+            in a carriage return alone.
     """
     sentences: list[dict[str, Any]] = []
+    begins: list[int] = []
     tokens: list[str] = []
     tags: list[str] = []
 
     def end(line: int) -> None:
         if tokens:
-            sentences.append({"tokens": [*tokens], "tags": [*tags], "line": line - len(tokens)})
+            sentences.append({"tokens": [*tokens], "tags": [*tags]})
+            begins.append(line - len(tokens))
             tokens.clear()
             tags.clear()
 
-    lines = _lines(path)
+    lines = _table_lines(path)
     for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("-DOCSTART-"):
+        # No other space ends a column: a no-break space may be in the token "1 000".
+        if not (bare := line.strip(_BLANK)) or line.startswith("-DOCSTART-"):
             end(number)
             continue
-        columns = line.split("\t") if "\t" in line else line.split()
+        columns = line.split("\t") if "\t" in line else re.split(" +", bare)
         try:
             if len(columns) < 2:
                 raise IndexError
-            word, label = columns[token].strip(), columns[tag].strip()
+            word, label = columns[token].strip(_BLANK), columns[tag].strip(_BLANK)
         except IndexError:
             raise DataError(
                 f"{path}, line {number}: {len(columns)} column(s); a token (column {token}) and a "
@@ -203,29 +230,31 @@ def read_conll(path: Source, *, token: int = 0, tag: int = -1) -> Examples:
         tokens.append(word)
         tags.append(label)
     end(len(lines) + 1)
-    return _some(sentences, path, "sentence")
+    return _some(sentences, path, "sentence", begins)
 
 
 def read_conllu(path: Source) -> Examples:
     """Reads CoNLL-U: the syntactic words, without multiword ranges (1-2) and empty nodes (1.1).
 
     Returns:
-        Examples {"tokens", "upos", "xpos", "heads" (0 is the root), "relations", "line"}, one item
-        a word. A column that is "_" throughout a sentence is left out.
+        Examples {"tokens", "upos", "xpos", "heads" (0 is the root), "relations"}, one item a
+        word. A column that is "_" throughout a sentence is left out.
 
     Raises:
         DataError: The file is missing, empty, not UTF-8, or not CoNLL-U.
     """
     sentences: list[dict[str, Any]] = []
+    begins: list[int] = []
     words: list[tuple[int, list[str]]] = []
 
     def end() -> None:
         if words:
             sentences.append(_sentence(path, words))
+            begins.append(words[0][0])
             words.clear()
 
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
+    for number, line in enumerate(_table_lines(path), 1):
+        if not line.strip(_BLANK):
             end()
             continue
         if line.startswith("#"):
@@ -245,12 +274,12 @@ def read_conllu(path: Source) -> Examples:
             )
         words.append((number, columns))
     end()
-    return _some(sentences, path, "sentence")
+    return _some(sentences, path, "sentence", begins)
 
 
 def _sentence(path: Source, words: list[tuple[int, list[str]]]) -> dict[str, Any]:
     """A sentence of CoNLL-U, its heads checked."""
-    found: dict[str, Any] = {"tokens": [row[1] for _, row in words], "line": words[0][0]}
+    found: dict[str, Any] = {"tokens": [row[1] for _, row in words]}
     for name, column in (("upos", 3), ("xpos", 4), ("heads", 6), ("relations", 7)):
         values = [row[column] for _, row in words]
         if any(value != "_" for value in values):
@@ -272,14 +301,15 @@ def read_json_lines(path: Source) -> Examples:
     Raises:
         DataError: The file is missing, empty or not UTF-8, or a line holds no JSON object.
     """
-    rows = []
+    rows, begins = [], []
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             row = _parsed(line, f"{path}, line {number}")
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number}: must be a JSON object, found {line[:40]}")
-            rows.append({**row, "line": number})
-    return _some(rows, path, "example")
+            rows.append(row)
+            begins.append(number)
+    return _some(rows, path, "example", begins)
 
 
 def read_json(path: Source) -> Examples:
@@ -320,32 +350,45 @@ def read_json(path: Source) -> Examples:
     return _some(document, path, "example")
 
 
-def read_csv(path: Source, *, delimiter: str = ",") -> Examples:
-    """Reads a table whose first line names the columns; fields may be quoted.
+def read_csv(path: Source, *, delimiter: str = ",", quoting: bool = True) -> Examples:
+    """Reads a table whose first line names the columns.
+
+    Args:
+        path: The file.
+        delimiter: What stands between fields.
+        quoting: Fields may stand between quotation marks, and then hold delimiters and ends of
+            lines. False, the default of the format "tsv": a quotation mark is text.
 
     Raises:
-        DataError: The file is missing, empty or not UTF-8, or a line has more or fewer fields than
-            the first.
+        DataError: The file is missing, empty or not UTF-8, a line has more or fewer fields than the
+            first, or two columns have one name.
     """
     limit = csv.field_size_limit(_MAX_FIELD)
     try:
         table = csv.DictReader(
-            io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True
+            io.StringIO(_text(path), newline=""),
+            delimiter=delimiter,
+            strict=True,
+            quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
         )
-        rows = []
+        rows, begins = [], []
         try:
+            names = table.fieldnames or ()
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"{path}, line 1: two columns have the name {twice[0]!r}")
             for row in table:
                 if None in row or None in row.values():
                     raise DataError(
                         f"{path}, line {table.line_num}: does not have the "
-                        f"{len(table.fieldnames or ())} fields of the first line"
+                        f"{len(names)} fields of the first line"
                     )
-                rows.append({**row, "line": table.line_num})
+                rows.append(row)
+                begins.append(table.line_num)
         except csv.Error as error:
             raise DataError(f"{path}, line {table.line_num}: {error}") from None
     finally:
         csv.field_size_limit(limit)
-    return _some(rows, path, "row")
+    return _some(rows, path, "row", begins)
 
 
 def read_dataset(
@@ -446,7 +489,7 @@ def held_out(
     count: dict[bytes, int] = {}
     for key in keys:
         count[key] = count.get(key, 0) + 1
-    source = source_of(examples)
+    source, lines = source_of(examples), getattr(examples, "lines", None)
     if len(count) < 2:
         raise DataError(f"{source}: at least two different examples are needed to hold some out")
     out: set[bytes] = set()
@@ -456,16 +499,24 @@ def held_out(
             break
         out.add(key)
         taken += count[key]
-    return (
-        Examples((e for e, key in zip(examples, keys, strict=True) if key not in out), source),
-        Examples((e for e, key in zip(examples, keys, strict=True) if key in out), source),
-    )
+
+    def part(held: bool) -> Examples:
+        of = [i for i, key in enumerate(keys) if (key in out) == held]
+        return Examples(
+            (examples[i] for i in of), source, None if lines is None else [lines[i] for i in of]
+        )
+
+    return part(False), part(True)
 
 
 def _key(example: dict[str, Any], seed: int) -> bytes:
-    content = {name: value for name, value in example.items() if name not in ("line", "id")}
-    text = json.dumps([seed, content], sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.blake2b(text.encode("ascii"), digest_size=16).digest()
+    if example.keys() == {"text"} and isinstance(example["text"], str):
+        # Lines of text are many, and JSON takes its time.
+        content = f"{seed} {example['text']}".encode("utf-8", "surrogatepass")
+    else:
+        named = {name: value for name, value in example.items() if name != "id"}
+        content = json.dumps([seed, named], sort_keys=True, default=str).encode("ascii")
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 # --- helpers ------------------------------------------------------------------------------------
@@ -498,6 +549,17 @@ def _lines(path: Source) -> list[str]:
     return [line.removesuffix("\r") for line in _text(path).split("\n")]
 
 
+def _table_lines(path: Source) -> list[str]:
+    lines = _lines(path)
+    for number, line in enumerate(lines, 1):
+        if "\r" in line:
+            raise DataError(
+                f"{path}, line {number}: holds a carriage return that ends no line; have lines end "
+                "in a line feed, for instance with tr '\\r' '\\n'"
+            )
+    return lines
+
+
 def _parsed(text: str, at: Source) -> Any:
     try:
         return json.loads(text)
@@ -505,14 +567,16 @@ def _parsed(text: str, at: Source) -> Any:
         raise DataError(f"{at}: is not JSON: {error}") from None
 
 
-def _some(rows: list[dict[str, Any]], source: Source, what: str) -> Examples:
+def _some(
+    rows: list[dict[str, Any]], source: Source, what: str, lines: Sequence[int] | None = None
+) -> Examples:
     if not rows:
         raise DataError(f"{source}: holds no {what}")
-    return Examples(rows, os.fspath(source))
+    return Examples(rows, os.fspath(source), lines)
 
 
-def _read_tsv(path: Source) -> Examples:
-    return read_csv(path, delimiter="\t")
+def _read_tsv(path: Source, *, quoting: bool = False) -> Examples:
+    return read_csv(path, delimiter="\t", quoting=quoting)
 
 
 _READERS: dict[str, Callable[..., Examples]] = {

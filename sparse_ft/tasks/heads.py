@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,13 @@ def load_tokenizer(base: str | os.PathLike[str], *, words: bool = False) -> Any:
     """
     import transformers
 
-    options = {"add_prefix_space": True} if words else {}
+    load = partial(transformers.AutoTokenizer.from_pretrained, os.fspath(base))
     try:
         with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(base), **options)
+            tokenizer = load()
+            # Not for all: told so, that of Llama wants the slow tokenizer's packages.
+            if words and tokenizer.is_fast and not _takes_words(tokenizer):
+                tokenizer = load(add_prefix_space=True)
     except (OSError, ValueError) as error:
         raise _not_found(base, "tokenizer", error) from None
     if not tokenizer.is_fast:
@@ -135,6 +139,14 @@ def load_tokenizer(base: str | os.PathLike[str], *, words: bool = False) -> Any:
             raise ValueError(f"{base}: the tokenizer has no padding piece and no end of text")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _takes_words(tokenizer: Any) -> bool:
+    try:
+        tokenizer(["a"], is_split_into_words=True)
+    except AssertionError:
+        return False
+    return True
 
 
 def _not_found(base: str | os.PathLike[str], what: str, error: Exception) -> OSError:

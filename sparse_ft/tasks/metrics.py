@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = ["accuracy", "attachment", "entity_f1", "macro_f1", "squad"]
@@ -54,15 +54,16 @@ def entity_f1(predicted: Tags, gold: Tags, scheme: str | None = None) -> dict[st
     Args:
         predicted: Tags such as "B-PER", "I-PER", "O": a list a sentence.
         gold: The same.
-        scheme: None counts as the script conlleval of CoNLL-2003 does, which most published figures
-            follow; IOB1, IOB2, IOE1, IOE2, IOBES or BILOU counts only entities that are well
-            formed in that scheme.
+        scheme: None is for tags B-, I- and O, and counts as the script conlleval of CoNLL-2003
+            does, which most published figures follow; IOB1, IOB2, IOE1, IOE2, IOBES or BILOU counts
+            only entities that are well formed in that scheme.
 
     Returns:
         {"precision", "recall", "f1"}; 0 where there is nothing to take a share of.
 
     Raises:
-        ValueError: Lengths differ, there is no sentence, or the scheme is unknown.
+        ValueError: Lengths differ, there is no sentence, the scheme is unknown, or it is None and
+            there are other tags.
     """
     _check("entity_f1", predicted, gold)
     for i, (p, g) in enumerate(zip(predicted, gold, strict=True)):
@@ -70,6 +71,8 @@ def entity_f1(predicted: Tags, gold: Tags, scheme: str | None = None) -> dict[st
             raise ValueError(f"entity_f1: sentence {i} has {len(g)} tags, {len(p)} predicted")
     if scheme is not None and scheme not in SCHEMES:
         raise ValueError(f"entity_f1: scheme is {scheme!r}; it must be one of {', '.join(SCHEMES)}")
+    if scheme is None and (wrong := not_iob(tag for s in (*gold, *predicted) for tag in s)):
+        raise ValueError(f"entity_f1: {wrong}")
     try:
         from seqeval import metrics
         from seqeval import scheme as schemes
@@ -88,6 +91,17 @@ def entity_f1(predicted: Tags, gold: Tags, scheme: str | None = None) -> dict[st
         "recall": float(metrics.recall_score(truth, guess, **options)),
         "f1": float(metrics.f1_score(truth, guess, **options)),
     }
+
+
+def not_iob(tags: Iterable[str]) -> str | None:
+    """What is to be said where tags are of another scheme than IOB1 and IOB2; None where not."""
+    other = sorted({tag for tag in tags if tag[:1] not in ("B", "I", "O")})
+    if not other:
+        return None
+    return (
+        f"the tag {other[0]!r} is not of B-, I- and O, so the scheme must be named: IOBES (also "
+        "called BIOES), BILOU, IOE1 or IOE2"
+    )
 
 
 def squad(predicted: Mapping[str, str], gold: Mapping[str, Sequence[str]]) -> dict[str, float]:

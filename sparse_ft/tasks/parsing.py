@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..families import unwrapped
 from .base import (
     Features,
     Task,
@@ -110,7 +111,9 @@ class BiaffineParser(nn.Module):
         """
         encoder: nn.Module = getattr(self, self.base_model_prefix)
         states = self.dropout(encoder(input_ids=input_ids, **inputs).last_hidden_state)
-        places = torch.arange(int(word_index.max()) + 1, device=states.device)
+        # With heads, the number of words is known without asking the device.
+        count_words = int(word_index.max()) if heads is None else heads.shape[1]
+        places = torch.arange(count_words + 1, device=states.device)
         pieces = (word_index[:, None, :] == places[:, None]).to(states.dtype)
         count = pieces.sum(-1, keepdim=True)
         words = (pieces / count.clamp(min=1)) @ states
@@ -122,11 +125,7 @@ class BiaffineParser(nn.Module):
         loss = None
         if heads is not None and relations is not None:
             scores = self.relations(words, heads.clamp(min=0))
-            loss = functional.cross_entropy(
-                arcs.flatten(0, 1), heads.flatten(), ignore_index=-100
-            ) + functional.cross_entropy(
-                scores.flatten(0, 1), relations.flatten(), ignore_index=-100
-            )
+            loss = _mean_cross_entropy(arcs, heads) + _mean_cross_entropy(scores, relations)
         return Parse(loss, arcs, words)
 
     def relations(self, words: Tensor, heads: Tensor) -> Tensor:
@@ -179,6 +178,14 @@ class BiaffineParser(nn.Module):
         }
 
 
+def _mean_cross_entropy(scores: Tensor, classes: Tensor) -> Tensor:
+    """The mean over the classes that count; 0 where truncation has left none, rather than NaN."""
+    total = functional.cross_entropy(
+        scores.flatten(0, 1), classes.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return total / (classes != -100).sum().clamp(min=1)
+
+
 @register
 @dataclass(frozen=True)
 class DependencyParsing(Task):
@@ -220,16 +227,20 @@ class DependencyParsing(Task):
             raise ValueError(f'decoder is {self.decoder!r}; it must be "mst" or "greedy"')
 
     def checked(self, examples: Examples) -> Examples:
+        rows = []
         for i, row in enumerate(examples):
-            columns = [
-                field(examples, i, name, list) for name in (self.tokens, self.heads, self.relations)
-            ]
-            words, heads, relations = columns
-            if not words or len({len(column) for column in columns}) > 1:
+            names = (self.tokens, self.heads, self.relations)
+            words, heads, relations = (field(examples, i, name, list) for name in names)
+            if not words or len({len(words), len(heads), len(relations)}) > 1:
                 raise DataError(
                     f"{examples.where(i)}: {len(words)} words, {len(heads)} heads and "
                     f"{len(relations)} relations"
                 )
+            # Of a contraction (1-2) `datasets` gives the whole as well, without a head.
+            kept = [w for w, head in enumerate(heads) if head not in (None, "None", "_")]
+            words, heads, relations = (
+                [column[w] for w in kept] for column in (words, heads, relations)
+            )
             if not all(isinstance(text, str) and text for text in (*words, *relations)):
                 raise DataError(f"{examples.where(i)}: words and relations must be text")
             try:
@@ -244,8 +255,10 @@ class DependencyParsing(Task):
                     )
             if not self.subtypes:
                 relations = [relation.partition(":")[0] for relation in relations]
-            examples[i] = {**row, self.heads: numbers, self.relations: relations}
-        return examples
+            rows.append(
+                {**row, self.tokens: words, self.heads: numbers, self.relations: relations}
+            )
+        return examples.replaced(rows)
 
     def labels(self, examples: Sequence[dict[str, Any]]) -> list[str]:
         return sorted({r for e in examples for r in e[self.relations]} | {*RELATIONS})
@@ -318,7 +331,12 @@ class DependencyParsing(Task):
         tokenizer: Any,
         batch_size: int = 32,
     ) -> dict[str, float]:
-        assert isinstance(model, BiaffineParser)
+        parser = unwrapped(model)
+        if not isinstance(parser, BiaffineParser):
+            raise TypeError(
+                f"DependencyParsing.evaluate: model must be a BiaffineParser, as build gives it, "
+                f"got {type(parser).__name__}"
+            )
         names = head_labels(model)
         device = next(model.parameters()).device
         heads = [[-1] * len(example[self.tokens]) for example in examples]
@@ -333,7 +351,7 @@ class DependencyParsing(Task):
                 for row, i in enumerate(chosen):
                     n = len(features[i]["heads"])
                     trees[row, :n] = torch.tensor(self._tree(scores[row, :n, : n + 1]))
-                classes = model.relations(found.words, trees.to(device)).argmax(-1).tolist()
+                classes = parser.relations(found.words, trees.to(device)).argmax(-1).tolist()
                 for row, i in enumerate(chosen):
                     n, at = len(features[i]["heads"]), features[i]["example"]
                     heads[at][:n] = trees[row, :n].tolist()
@@ -362,10 +380,18 @@ def spanning_tree(scores: np.ndarray) -> list[int]:
     Returns:
         The head of each word.
 
+    Raises:
+        ValueError: A score is NaN, or one of the root is not finite.
+
     Source: Chu and Liu (1965), Edmonds (1967). One word at the root: each arc from the root costs
     more than all other arcs can win, so a tree with fewer of them is always better.
     """
     n = len(scores)
+    if np.isnan(scores).any() or not np.isfinite(scores[:, 0]).all():
+        raise ValueError(
+            "spanning_tree: the scores hold NaN, or infinity for the root; the training has "
+            "diverged, or the weights do not fit this model"
+        )
     square = np.full((n + 1, n + 1), -np.inf)
     square[1:] = scores
     np.fill_diagonal(square, -np.inf)

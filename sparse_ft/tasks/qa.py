@@ -59,6 +59,7 @@ class QuestionAnswering(Task):
 
     def checked(self, examples: Examples) -> Examples:
         seen: set[str] = set()
+        rows = []
         for i, row in enumerate(examples):
             question = field(examples, i, "question", str).strip()
             context = field(examples, i, "context", str)
@@ -71,7 +72,7 @@ class QuestionAnswering(Task):
                     "without an answer are not of this task"
                 )
             for start, text in answers:
-                if not text or context[start : start + len(text)] != text:
+                if not text.strip() or context[start : start + len(text)] != text:
                     raise DataError(
                         f"{examples.where(i)}: the context does not say {text!r} at character "
                         f"{start}"
@@ -80,10 +81,12 @@ class QuestionAnswering(Task):
             if name in seen:
                 raise DataError(f"{examples.where(i)}: the id {name!r} stands there twice")
             seen.add(name)
-            examples[i] = {"id": name, "question": question, "context": context, "answers": answers}
-            if "line" in row:
-                examples[i]["line"] = row["line"]
-        return examples
+            # No piece of the context is a space alone.
+            trimmed = [(s + len(t) - len(t.lstrip()), t.strip()) for s, t in answers]
+            rows.append(
+                {"id": name, "question": question, "context": context, "answers": trimmed}
+            )
+        return examples.replaced(rows)
 
     def encode(
         self,
@@ -188,9 +191,11 @@ def best_spans(
 
 
 def _answers(given: Any) -> list[tuple[int, str]] | None:
-    """(start, text) of each answer; None if they are malformed."""
+    """(start, text) of each answer, as this function gave them too; None if they are malformed."""
     if isinstance(given, dict):
         texts, starts = given.get("text"), given.get("answer_start")
+    elif all(isinstance(answer, tuple) and len(answer) == 2 for answer in given):
+        starts, texts = [s for s, _ in given], [t for _, t in given]
     else:
         rows = [answer if isinstance(answer, dict) else {} for answer in given]
         texts = [row.get("text") for row in rows]

@@ -58,6 +58,7 @@ class SequenceClassification(Task):
             raise ValueError(f'metric is {self.metric!r}; sequences have "accuracy" and "f1"')
 
     def checked(self, examples: Examples) -> Examples:
+        rows = []
         for i, row in enumerate(examples):
             field(examples, i, self.text, str)
             if self.pair is not None:
@@ -65,8 +66,8 @@ class SequenceClassification(Task):
             label = str(field(examples, i, self.label, (str, int)))
             if not label:
                 raise DataError(f"{examples.where(i)}: {self.label!r} is empty")
-            examples[i] = {**row, self.label: label}
-        return examples
+            rows.append({**row, self.label: label})
+        return examples.replaced(rows)
 
     def labels(self, examples: Sequence[dict[str, Any]]) -> list[str]:
         found = sorted({example[self.label] for example in examples})

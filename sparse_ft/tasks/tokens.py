@@ -23,7 +23,7 @@ from .base import (
     unknown_label,
 )
 from .data import DataError, Examples, source_of, where
-from .metrics import SCHEMES, accuracy, entity_f1
+from .metrics import SCHEMES, accuracy, entity_f1, not_iob
 
 __all__ = ["UPOS", "TokenClassification"]
 
@@ -75,11 +75,17 @@ class TokenClassification(Task):
             raise ValueError(
                 f'outside is {self.outside!r}; it must be a list of types, such as ["DATE"]'
             )
+        object.__setattr__(self, "outside", tuple(self.outside))  # JSON gives a list
 
     def checked(self, examples: Examples) -> Examples:
-        for i in range(len(examples)):
+        rows = []
+        for i, row in enumerate(examples):
             words = field(examples, i, self.tokens, list)
             tags = field(examples, i, self.tags, list)
+            if self.tags == "upos" and len(words) == len(tags) and "_" in tags:
+                # Of a contraction, `datasets` gives the whole as a row before its words.
+                kept = [i for i, tag in enumerate(tags) if tag != "_"]
+                words, tags = [words[i] for i in kept], [tags[i] for i in kept]
             if not words or len(words) != len(tags):
                 raise DataError(f"{examples.where(i)}: {len(words)} words and {len(tags)} labels")
             for values in (words, tags):
@@ -88,10 +94,9 @@ class TokenClassification(Task):
                         raise DataError(
                             f"{examples.where(i)}: words and labels must be text, found {value!r}"
                         )
-            if self.outside:
-                kept = ["O" if tag[2:] in self.outside else tag for tag in tags]
-                examples[i] = {**examples[i], self.tags: kept}
-        return examples
+            tags = ["O" if tag[2:] in self.outside else tag for tag in tags]
+            rows.append({**row, self.tokens: words, self.tags: tags})
+        return examples.replaced(rows)
 
     def labels(self, examples: Sequence[dict[str, Any]]) -> list[str]:
         found = {tag for example in examples for tag in example[self.tags]}
@@ -109,6 +114,8 @@ class TokenClassification(Task):
                 f"{source}: the label {wrong[0]!r} is not of an entity (O, B-PER, I-PER, …); for "
                 'words without entities, the metric is "accuracy"'
             )
+        if self.scheme is None and (other := not_iob(labels)):
+            raise DataError(f"{source}: {other}")
 
     def encode(
         self,
