@@ -56,7 +56,8 @@ def load_model(
                 os.fspath(base), output_loading_info=True, **options
             )
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+        # As transformers 5 and 4 say it.
+        if not any(said in str(error) for said in ("ignore_mismatched_sizes", "size mismatch")):
             raise
         raise ValueError(
             f"{base}: some of its weights, such as those of a head, have other shapes than this "
