@@ -307,6 +307,8 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
                 "SFTs are put on by the trainer"
             )
         self.delta, self._outputs = None, {}
+        if not resume:
+            self.phase_states = {}
         self._registry = sources_on(self.model, self._deltas) if bare else None
         self._updates = self._updates_per_epoch()
         self._check_evaluated()

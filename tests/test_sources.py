@@ -1,6 +1,7 @@
 """MultiSource: the stream of batches, and the exact swap of their sources' SFTs."""
 
 import copy
+import json
 from collections import Counter
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import sparse_ft as sf
 from sparse_ft.delta import SFTError, SparseDelta
@@ -338,6 +339,13 @@ def test_refusals_name_the_source():
         MultiSource({})
     with pytest.raises(ValueError, match="'sw' has no batches"):
         MultiSource({"sw": []})
+
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter([1])
+
+    with pytest.raises(TypeError, match="batches of the source 'yo' have no length"):
+        MultiSource({"sw": [1], "yo": DataLoader(Endless())})
     with pytest.raises(ValueError, match="deltas names the source 'yo'; there are 'sw'"):
         MultiSource({"sw": [1]}, {"yo": delta})
     with pytest.raises(ValueError, match="repeat names the source 'yo'"):
@@ -371,6 +379,30 @@ def test_refusals_name_the_source():
 
     with pytest.raises(RuntimeError, match="'sw' gave fewer batches than the 3"):
         list(MultiSource({"sw": Short([[1], [2]])}))
+
+
+def test_settings_hold_all_that_decides_the_batches():
+    model = Net()
+    sw, yo = delta_for(model, 1), delta_for(model, 2)
+    loaders = {"sw": loader(3), "en": loader(4)}
+
+    def settings_of(*args, **kwargs):
+        return json.loads(json.dumps(MultiSource(*args, **kwargs).settings))
+
+    own = settings_of(loaders, {"sw": sw})
+    assert own == settings_of(loaders, {"sw": sw, "en": None}, {"en": 1})
+    for other in (
+        settings_of(loaders, {"sw": yo}),
+        settings_of(loaders, {"en": sw}),
+        settings_of(loaders, {"sw": sw}, {"sw": 2}),
+        settings_of(loaders, {"sw": sw}, seed=1),
+        settings_of({**loaders, "en": loader(4, n=7)}, {"sw": sw}),
+        settings_of({"sw": loaders["sw"]}, {"sw": sw}),
+    ):
+        assert other != own
+    assert MultiSource(loaders, {"sw": sw, "en": sw}).trained_on == [
+        {"id": sw.content_id, "alpha": 1.0}
+    ]
 
 
 def test_repr_says_what_is_mixed():

@@ -1,6 +1,7 @@
 """LotteryTicketTrainer: the phases of LotteryTicket inside the Hugging Face Trainer."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 
 import sparse_ft as sf
 from sparse_ft.delta import SFTError, SparseDelta
@@ -116,13 +118,14 @@ def groups_of(trainer, model, decay):
     ]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def quick():
     """Garbage collection before each training, and threads, are most of the time here."""
-    monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=int))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=int))
+        yield
     torch.set_num_threads(threads)
 
 
@@ -358,6 +361,43 @@ def test_checkpoints_that_would_miss_the_best_are_refused(tmp_path):
         trainer_for(tmp_path, **best, save_strategy="steps", save_steps=1_000_000)
 
 
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_a_phase_shorter_than_eval_steps_is_evaluated_at_its_end(tmp_path, strategy):
+    trainer = trainer_for(
+        tmp_path,
+        sft_args=sft(full_max_steps=5, sparse_max_steps=2),
+        own={"compute_metrics": Scripted(0.1, 0.2, 0.3)},
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy=strategy,
+        save_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert [s.best_global_step for s in trainer.phase_states.values()] == [5, 2]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "delay", "found"),
+    [("steps", 3, "2 steps"), ("epoch", 1, "0.4 epochs")],
+)
+def test_phases_without_an_evaluation_are_refused_at_once(tmp_path, strategy, delay, found):
+    trainer = trainer_for(
+        tmp_path,
+        sft_args=sft(full_max_steps=5, sparse_max_steps=2),
+        eval_strategy=strategy,
+        eval_steps=1,
+        eval_delay=delay,
+        save_strategy="best",
+        load_best_model_at_end=True,
+    )
+    with pytest.raises(ValueError, match=f"a sparse phase of {found} ends before its first eval"):
+        trainer.train()
+    assert not trainer.phase_states
+
+
 def test_no_best_checkpoint_is_an_error_and_keeps_the_base(tmp_path):
     trainer = trainer_for(
         tmp_path,
@@ -549,7 +589,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, uninterrupted, ph
     assert trainer.delta == uninterrupted[best]
     assert next(iter(trainer.phase_states)) == phase
     again = trainer_for(tmp_path, bert(dropout=0.1), **settings_of_a_run(best))
-    assert again.train(resume_from_checkpoint=True).global_step == 0, "it was finished"
+    output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == 0, "it was finished"
+    assert math.isnan(output.training_loss)
     assert again.delta == uninterrupted[best]
     assert same(bits(again.model), bits(trainer.model))
 
@@ -586,6 +628,98 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
     trainer = trainer_for(tmp_path, **saving)
     trainer.train(resume_from_checkpoint=True)
     assert list(trainer.phase_states) == ["sparse-1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"lr_scheduler_kwargs": {"power": 2.0}},
+            r"lr_scheduler_kwargs.* was .*1\.0.* and is .*2\.0",
+        ),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last was false and is true"),
+        ({"label_smoothing_factor": 0.5}, "label_smoothing_factor was 0.0 and is 0.5"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1 and is 2"),
+        ({"rows": 24}, "train_dataset was 20 and is 24"),
+        ({"logging_steps": 3, "save_total_limit": 9, "per_device_eval_batch_size": 2}, None),
+        ({"max_steps": -1, "num_train_epochs": 6 / 5}, None),
+    ],
+    ids=lambda given: next(iter(given), None) if isinstance(given, dict) else "",
+)
+def test_all_that_decides_the_result_is_compared(stopped, tmp_path, given, message):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    own = dict(given)
+    rows = examples(own.pop("rows", 20))
+    trainer = trainer_for(tmp_path, **{**POLYNOMIAL, **own})
+    trainer.train_dataset = rows
+    if message is None:
+        trainer.train(resume_from_checkpoint=True)
+        return
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+
+
+POLYNOMIAL = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a run without checkpoints that was stopped in its sparse phase."""
+    folder = tmp_path_factory.mktemp("stopped")
+    own = {"callbacks": [Interrupt("sparse-1", 4, "step")]}
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(folder, own=own, **POLYNOMIAL).train()
+    return folder
+
+
+def test_nothing_of_others_is_replaced(stopped, tmp_path):
+    kept = sorted(os.listdir(stopped))
+    with pytest.raises(ValueError, match=r"run\.json of an earlier run.*goes on with it"):
+        trainer_for(stopped, **POLYNOMIAL).train()
+    assert sorted(os.listdir(stopped)) == kept
+
+    (tmp_path / "sft.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"sft\.safetensors would be replaced"):
+        trainer_for(tmp_path).train()
+    assert (tmp_path / "sft.safetensors").read_bytes() == b"mine"
+    trainer = trainer_for(tmp_path / "run")
+    trainer.train()
+    with pytest.raises(ValueError, match="of an earlier run"):
+        trainer_for(tmp_path / "run", sft_args=sft(density=0.2)).train()
+    assert SparseDelta.load(tmp_path / "run") == trainer.delta
+
+
+def test_an_interrupted_trainer_does_not_start_over(tmp_path):
+    trainer = trainer_for(tmp_path)
+    stop = Interrupt("sparse-1", 4, "step")
+    trainer.add_callback(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(stop)
+    with pytest.raises(ValueError, match="of an earlier run"):
+        trainer.train()
+    assert trainer.train(resume_from_checkpoint=True).global_step == 6
+    assert list(trainer.phase_states) == ["full-1", "sparse-1"]
+
+
+def test_training_again_starts_over(tmp_path):
+    mine = tmp_path / "mine-1" / "checkpoint-1"
+    mine.mkdir(parents=True)
+    trainer = trainer_for(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="best",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    first = trainer.delta
+    stale = tmp_path / "sparse-1" / "checkpoint-99"
+    shutil.copytree(next((tmp_path / "sparse-1").glob("checkpoint-*")), stale)
+    trainer.train()
+    assert trainer.delta == first
+    assert not stale.exists(), "none is of the run before"
+    assert mine.exists()
 
 
 # --- the result ---------------------------------------------------------------------------------
@@ -662,7 +796,16 @@ def test_a_source_language_is_below_the_task_and_not_in_it(tmp_path):
             k: torch.stack([e[k] for e in examples(8, seed=2)]) for k in ("input_ids", "labels")
         }
         expected = model.eval()(**batch).loss
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-6)
+    rows = examples(8, seed=2)
+    for loss in (
+        trainer.evaluate()["eval_loss"],
+        trainer.evaluate(rows)["eval_loss"],
+        trainer.evaluate({"a": rows})["eval_a_loss"],
+        trainer.predict(rows).metrics["test_loss"],
+    ):
+        assert loss == pytest.approx(float(expected), rel=1e-6)
+    with pytest.raises(ValueError, match="no source 'sw'; the train_dataset has none by name"):
+        trainer.predict(rows, source="sw")
 
 
 DATA = {"sw": examples(12, 3), "yo": examples(8, 4), "en": examples(10, 5)}
@@ -746,6 +889,63 @@ def test_several_sources_each_with_its_sft(tmp_path):
         with torch.no_grad():
             loss = model.eval()(**batch).loss
         assert metrics[f"eval_{source}_loss"] == pytest.approx(float(loss), rel=1e-6)
+        named = {} if source == "qu" else {"source": source}
+        for own in (
+            trainer.predict(rows, **named).metrics["test_loss"],
+            trainer.evaluate(rows, **named)["eval_loss"],
+        ):
+            assert own == pytest.approx(metrics[f"eval_{source}_loss"], rel=1e-6)
+    assert "eval_epoch" not in metrics
+    with pytest.raises(ValueError, match="no source 'qu'; the train_dataset has 'sw', 'yo', 'en'"):
+        trainer.predict(rows, source="qu")
+
+
+def test_an_evaluation_of_several_sources_counts_once(tmp_path, caplog):
+    class Seen(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append((state.global_step, {n for n in metrics if n.endswith("_loss")}))
+
+    seen = []
+    trainer = multi(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        load_best_model_at_end=True,
+        metric_for_best_model="en_loss",
+        # Never better after the first evaluation: three more are the patience.
+        learning_rate=0.0,
+        max_steps=8,
+    )
+    trainer.sft_args.criterion = "random"
+    trainer.add_callback(EarlyStoppingCallback(3))
+    trainer.add_callback(Seen())
+    trainer.train()
+    names = {"eval_loss", *(f"eval_{source}_loss" for source in ("sw", "en", "qu"))}
+    assert seen == [(i, names) for i in range(1, 5)]
+    assert "early stopping is disabled" not in caplog.text
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_device_with_a_number_moves_nothing(tmp_path, several):
+    """With DDP on CPUs the device is "cpu:0", and moving a tensor there copies it."""
+    language = language_sft(bert(), 1)
+    if several:
+        trainer = multi(tmp_path / "a", sources={"sw": language}, max_steps=2)
+    else:
+        language.save(tmp_path / "sw.safetensors")
+        trainer = trainer_for(
+            tmp_path / "a", sft_args=sft(source_sft=str(tmp_path / "sw.safetensors")), max_steps=2
+        )
+    assert trainer.accelerator.state.device == torch.device("cpu")
+    trainer.accelerator.state.device = torch.device("cpu", 0)
+    try:
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"]
+    finally:
+        trainer.accelerator.state.device = torch.device("cpu")
+    with trainer.base_model():
+        assert same(bits(trainer.model), bits(bert()))
 
 
 def test_several_sources_are_evaluated_and_resumed(tmp_path):
@@ -772,6 +972,18 @@ def test_several_sources_are_evaluated_and_resumed(tmp_path):
         assert trainer.delta == whole.delta
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(DATA["en"] * 100)
+
+
+def test_data_without_a_length(tmp_path):
+    trainer = trainer_for(tmp_path)
+    trainer.train_dataset = Endless()
+    trainer.train()
+    assert [s.global_step for s in trainer.phase_states.values()] == [6, 6]
+
+
 def test_sources_are_checked(tmp_path):
     with pytest.raises(
         ValueError, match="deltas names the source 'qu'; there are 'sw', 'yo', 'en'"
@@ -786,6 +998,10 @@ def test_sources_are_checked(tmp_path):
     other = multi(tmp_path, bert(seed=5), sources={"sw": language_sft(bert(), 1)})
     with pytest.raises(SFTError, match="another base model"):
         other.train()
+    endless = multi(tmp_path)
+    endless.train_dataset = {**DATA, "en": Endless()}
+    with pytest.raises(TypeError, match="batches of the source 'en' have no length"):
+        endless.train()
     model = bert()
     language = language_sft(model, 1)
     trainer = multi(tmp_path, model, sources={"sw": language})
@@ -919,6 +1135,13 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
         trainer_for(tmp_path, auto_find_batch_size=True)
     with pytest.raises(ValueError, match="min_steps is 9, above max_steps, 5"):
         trainer_for(tmp_path, sft_args=sft(full_min_steps=9, full_max_steps=5))
+    with pytest.raises(ValueError, match='gather must be "step" or "hook", got \'hoook\''):
+        trainer_for(tmp_path, sft_args=sft(gather="hoook"))
+    with pytest.raises(ValueError, match="sparse_learning_rate must be finite and ≥ 0, got -1"):
+        trainer_for(tmp_path, sft_args=sft(sparse_learning_rate=-1.0))
+    for name in ("max_grad_norm", "learning_rate"):
+        with pytest.raises(ValueError, match=f"{name} must be finite and ≥ 0, got -1"):
+            trainer_for(tmp_path, **{name: -1.0})
     with pytest.raises(ValueError, match="hyperparameter search"):
         trainer_for(tmp_path).train(trial={})
     with pytest.raises(ValueError, match="density"):
