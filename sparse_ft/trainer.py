@@ -694,9 +694,10 @@ class LotteryTicketMixin(_Trainer):  # type: ignore[misc]
         if not args.load_best_model_at_end:
             return
         for phase in ("full", "sparse"):
-            steps = self._length(phase).resolve(self._updates)
-            by_epoch = args.eval_strategy == "epoch" and self._updates
-            length, unit = (steps / self._updates, "epochs") if by_epoch else (steps, "steps")
+            length: float = self._length(phase).resolve(self._updates)
+            unit = "steps"
+            if args.eval_strategy == "epoch" and self._updates is not None:
+                length, unit = length / self._updates, "epochs"
             if args.eval_delay > length:
                 raise ValueError(
                     f"{self._name}: load_best_model_at_end, but a {phase} phase of {length:g} "

@@ -926,28 +926,6 @@ def test_an_evaluation_of_several_sources_counts_once(tmp_path, caplog):
     assert "early stopping is disabled" not in caplog.text
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_a_device_with_a_number_moves_nothing(tmp_path, several):
-    """With DDP on CPUs the device is "cpu:0", and moving a tensor there copies it."""
-    language = language_sft(bert(), 1)
-    if several:
-        trainer = multi(tmp_path / "a", sources={"sw": language}, max_steps=2)
-    else:
-        language.save(tmp_path / "sw.safetensors")
-        trainer = trainer_for(
-            tmp_path / "a", sft_args=sft(source_sft=str(tmp_path / "sw.safetensors")), max_steps=2
-        )
-    assert trainer.accelerator.state.device == torch.device("cpu")
-    trainer.accelerator.state.device = torch.device("cpu", 0)
-    try:
-        trainer.train()
-        assert trainer.evaluate()["eval_loss"]
-    finally:
-        trainer.accelerator.state.device = torch.device("cpu")
-    with trainer.base_model():
-        assert same(bits(trainer.model), bits(bert()))
-
-
 def test_several_sources_are_evaluated_and_resumed(tmp_path):
     sources = {"sw": language_sft(bert(), 1), "yo": language_sft(bert(), 2)}
     given = {
