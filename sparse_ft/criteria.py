@@ -67,6 +67,7 @@ class Candidates:
         tie: "index" or "all".
         embeddings: Those of the names that are embeddings.
         group: Number of the group within which a budget selects.
+        eligible: Names of all eligible tensors, those of other groups too.
     """
 
     names: Sequence[str]
@@ -78,6 +79,7 @@ class Candidates:
     tie: str
     embeddings: frozenset[str] = frozenset()
     group: int = 0
+    eligible: Sequence[str] = ()
 
     def draw_seed(self, own: int | None = None) -> int:
         """A seed of a criterion's own, or the one of the selection, for this group: groups draw
@@ -276,7 +278,7 @@ def denoised(
         start = candidates.beginnings("denoised")
         splits: dict[str, dict[str, Any]] = {}
         for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in candidates.names):
+            if not any(fnmatchcase(name, pattern) for name in candidates.eligible):
                 raise ValueError(
                     f"criteria.denoised: embeddings: no eligible parameter is called {pattern!r}"
                 )

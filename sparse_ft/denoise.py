@@ -6,15 +6,15 @@ a higher-order part H = ΔW − L, of which only the entries of largest magnitud
 of ΔW itself.
 
 L is found from the smaller Gram matrix, G = ΔWᵀΔW = VΣ²Vᵀ and L = ΔW V_r V_rᵀ, which needs no U.
-G is summed in fp64, so that squaring the condition number loses nothing that fp32 had.
+G is summed in fp64, so that squaring the condition number loses nothing that fp32 had. So are all
+other products, which neither autocast nor TF32 rounds then.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -99,13 +99,6 @@ def denoise(
         return delta, Split(full, full, 1.0)
     if not delta.any():
         return delta, Split(0, full, 0.0)
-    with _exact_products(delta.device):
-        return _denoised(delta, rank, energy, keep_high, method, seed)
-
-
-def _denoised(
-    delta: Tensor, rank: str | int, energy: str, keep_high: float, method: str, seed: int
-) -> tuple[Tensor, Split]:
     # Singular vectors are sought on the smaller side.
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     if method == "gram":
@@ -124,18 +117,6 @@ def _denoised(
         at = Support(Layout.of({"": delta}), idx, ptr, check=False).indices("")
         low.view(-1)[at] = delta.reshape(-1)[at]
     return low, split
-
-
-@contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
-    """Products of fp32 matrices in fp32, whatever autocast and TF32 say outside."""
-    precision = torch.get_float32_matmul_precision()
-    with torch.autocast(device.type, enabled=False):
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
 
 def check_options(rank: str | int, energy: str, keep_high: float, method: str) -> None:
@@ -198,13 +179,14 @@ def _by_gram(tall: Tensor, rank: str | int, energy: str) -> tuple[Tensor, Split]
         gram.addmm_(wide.T, wide)
     values, vectors = torch.linalg.eigh(gram)  # in ascending order
     split = _rank(values.flip(0).clamp(min=0), rank, energy)
-    return _projected(tall, vectors[:, n - split.rank :].to(torch.float32)), split
+    top = vectors[:, n - split.rank :]
+    return _product(tall, top, top.T), split
 
 
 def _by_svd(tall: Tensor, rank: str | int, energy: str) -> tuple[Tensor, Split]:
     u, sigma, vh = torch.linalg.svd(tall, full_matrices=False)
     split = _rank(sigma.to(torch.float64).square(), rank, energy)
-    return (u[:, : split.rank] * sigma[: split.rank]) @ vh[: split.rank], split
+    return _product(u[:, : split.rank] * sigma[: split.rank], vh[: split.rank]), split
 
 
 def _randomized(tall: Tensor, rank: int, seed: int) -> tuple[Tensor, Split]:
@@ -212,25 +194,34 @@ def _randomized(tall: Tensor, rank: int, seed: int) -> tuple[Tensor, Split]:
     columns = min(n, rank + _OVERSAMPLE)
     # Drawn on the CPU, for the same numbers on every device.
     draw = torch.randn(n, columns, generator=torch.Generator().manual_seed(seed)).to(tall.device)
-    basis = torch.linalg.qr(tall @ draw).Q
+    basis = torch.linalg.qr(_product(tall, draw)).Q
     for _ in range(_POWER):
-        basis = torch.linalg.qr(tall.T @ basis).Q
-        basis = torch.linalg.qr(tall @ basis).Q
-    inner = basis.T @ tall
+        basis = torch.linalg.qr(_transposed_product(tall, basis)).Q
+        basis = torch.linalg.qr(_product(tall, basis)).Q
+    inner = _transposed_product(tall, basis).T
     # The smaller of the two has few rows, so its own split is cheap and exact.
     wide = inner.to(torch.float64)
     values, vectors = torch.linalg.eigh(wide @ wide.T)
-    top = vectors[:, columns - rank :].to(torch.float32)
+    top = vectors[:, columns - rank :]
     kept = float(values[columns - rank :].clamp(min=0).sum()) / _sum_of_squares(tall)
-    return (basis @ top) @ (top.T @ inner), Split(rank, n, min(1.0, kept))
+    return _product(basis, top, top.T, inner), Split(rank, n, min(1.0, kept))
 
 
-def _projected(tall: Tensor, vectors: Tensor) -> Tensor:
-    """ΔW V Vᵀ."""
-    out = torch.empty(tall.shape, dtype=torch.float32, device=tall.device)
+def _product(tall: Tensor, *factors: Tensor) -> Tensor:
+    """A·B·…, from left to right, for a tall A: fp32, summed in fp64."""
+    wide = [factor.to(torch.float64) for factor in factors]
+    out = tall.new_empty(len(tall), factors[-1].shape[1])
     for rows, into in zip(tall.split(_ROWS), out.split(_ROWS), strict=True):
-        torch.mm(rows @ vectors, vectors.T, out=into)
+        into.copy_(reduce(torch.mm, wide, rows.to(torch.float64)))
     return out
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """Aᵀ·B for a tall A and a tall B: fp32, summed in fp64."""
+    out = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
+    for left, right in zip(a.split(_ROWS), b.split(_ROWS), strict=True):
+        out.addmm_(left.T.to(torch.float64), right.to(torch.float64))
+    return out.to(torch.float32)
 
 
 def _sum_of_squares(matrix: Tensor) -> float:

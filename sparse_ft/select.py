@@ -85,7 +85,7 @@ def resolve_k(k: int | None, density: float | None, numel: int) -> int:
         ValueError: Both or neither are given, or the one given is out of range.
     """
     if numel < 1:
-        raise ValueError("there is no entry to select: all that are eligible are in exclude")
+        raise ValueError("there is no entry to select: none is eligible, or exclude has them all")
     if (k is None) == (density is None):
         raise ValueError("give either k (a count) or density (a share), not both or neither")
     if k is not None:
@@ -236,6 +236,7 @@ def select(
             tie=tie,
             embeddings=embeddings,
             group=i,
+            eligible=layout.names,
         )
         part, info = _choose(how, candidates, label, fill)
         parts.append(part)
@@ -356,7 +357,7 @@ def _supports(
         if what == "exclude":
             inside = support.restrict(n for n in support.layout.names if n in layout)
             if support.nnz and not inside.nnz:
-                _check_other_names(support, layout)
+                _check_other_names(support, layout, known)
             support = inside
         found.append(fitted(what, support, layout))
     return found
@@ -372,17 +373,18 @@ def _renamed(support: Support, known: Mapping[str, str]) -> Support:
     return Support.from_indices(Layout.of(shapes), entries)
 
 
-def _check_other_names(support: Support, layout: Layout) -> None:
-    """Refuses what excludes nothing, if that is for its names alone."""
-    ends = {name.partition(".")[2]: name for name in layout.names} | {n: n for n in layout.names}
-    ends.pop("", None)
+def _check_other_names(support: Support, layout: Layout, known: Mapping[str, str]) -> None:
+    """Refuses what excludes nothing, if that is for the prefix of its names alone."""
     for name, count in support.counts().items():
-        own = ends.get(name.partition(".")[2]) or ends.get(name)
-        if count and own is not None:
-            raise ValueError(
-                f"select: exclude: it has entries of {name!r}, which is not eligible, but "
-                f"{own!r} is; rename its tensors, or leave it out if it is of another model"
-            )
+        if not count or name in known:
+            continue
+        for own in layout.names:
+            if own.endswith(f".{name}") or name.endswith(f".{own}"):
+                raise ValueError(
+                    f"select: exclude: it has entries of {name!r}, but of the eligible tensors "
+                    f"the nearest is {own!r}; give both the same names, or leave it out if it is "
+                    "of another model"
+                )
 
 
 def _union(layout: Layout, supports: Sequence[Support], device: torch.device) -> Support:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles import assert_bits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sparse_ft as sf
 from sparse_ft import criteria
@@ -135,6 +136,9 @@ def test_calibration_leaves_everything_as_it_was(failing):
         random.random(), np.random.rand(), torch.rand(3)  # noqa: NPY002
         assert not model.training
         model.body.norm.running_mean.add_(1)
+        # Rotary tables are replaced as texts grow.
+        model.body.norm.running_var = model.body.norm.running_var + 1
+        model.body.norm.register_buffer("late", torch.ones(1))
         if failing:
             raise KeyboardInterrupt
         return loss(model, batch)
@@ -144,7 +148,10 @@ def test_calibration_leaves_everything_as_it_was(failing):
             criteria.calibrate(model, data, drawing)
     else:
         criteria.calibrate(model, data, drawing)
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert after.keys() == tensors.keys()
     for n, t in tensors.items():
+        assert after[n] is t, n
         assert torch.equal(t, before[n]), n
     for n, p in model.named_parameters():
         assert p.grad is grads[n], n
@@ -155,6 +162,41 @@ def test_calibration_leaves_everything_as_it_was(failing):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
+
+
+def test_a_gradient_in_two_parts_is_not_squared_by_parts():
+    layer, x = nn.Linear(3, 3, bias=False), torch.randn(4, 3, requires_grad=True)
+
+    def twice(model, reentrant):
+        once = checkpoint(model, x, use_reentrant=reentrant)
+        return checkpoint(model, once, use_reentrant=reentrant).sum()
+
+    whole = criteria.calibrate(layer, [False, False], twice, "gradient")["weight"]
+    assert torch.allclose(criteria.calibrate(layer, [True, True], twice)["weight"], whole)
+    found = criteria.calibrate(layer, [False, False], twice, "fisher")["weight"]
+    torch.testing.assert_close(found, (whole / 2) ** 2)
+    with pytest.raises(ValueError, match=r"gave 'weight' two gradients, .* use_reentrant=False"):
+        criteria.calibrate(layer, [True], twice, "fisher")
+    assert layer.weight.grad is None
+
+
+def test_the_input_embeddings_are_embeddings_of_any_class():
+    """Some models multiply by a matrix of their own in place of nn.Embedding."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.other = nn.Parameter(torch.randn(5, 4)), nn.Linear(4, 4)
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.lin = Rows(), nn.Linear(4, 4)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.rows
+
+    assert criteria.embedding_names(Bare()) == {"rows.table"}
 
 
 def test_one_dense_gradient_lives_at_a_time():
@@ -305,6 +347,16 @@ def test_what_is_denoised():
     assert sf.select(now, start, k=200, criterion="denoised") == sf.select(
         model, start, k=200, criterion="denoised"
     )
+
+
+def test_a_pattern_of_embeddings_must_fit_a_name():
+    now = {"a": torch.randn(9, 8), "b": torch.randn(9, 8)}
+    start = {n: torch.zeros(9, 8) for n in now}
+    how = criteria.denoised(embeddings=["b*"], rank=2)
+    # Each group of a budget need not have one.
+    sf.select(now, start, k=20, criterion=how, budgets="per_parameter")
+    with pytest.raises(ValueError, match=r"embeddings: no eligible parameter is called 'embed\*'"):
+        sf.select(now, start, k=20, criterion=criteria.denoised(embeddings="embed*"))
 
 
 def test_denoised_needs_a_start_and_numbers():

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_bits, rng
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_ft as sf
 from sparse_ft.denoise import Split, denoise
@@ -192,3 +193,29 @@ def test_what_is_no_matrix_of_numbers():
         matrix[1, 1] = bad
         with pytest.raises(ValueError, match="holds NaN or infinity"):
             denoise(matrix)
+
+
+@pytest.mark.parametrize("method", ["gram", "svd", "randomized"])
+def test_low_precision_outside_does_not_matter(method):
+    delta, options = torch.randn(70, 30), {"rank": 5, "keep_high": 0.02, "method": method}
+    expected, split = denoise(delta, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, other = denoise(delta, **options)
+    assert_bits(found, expected)
+    assert other == split
+    # TF32 and bf16 products, which this machine may not have, are of fp32 matrices alone.
+    products = Products()
+    with products:
+        denoise(delta, **options)
+    assert products.dtypes == {torch.float64}
+
+
+class Products(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            self.dtypes |= {a.dtype for a in args if isinstance(a, torch.Tensor)}
+        return function(*args, **(kwargs or {}))

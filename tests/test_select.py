@@ -208,6 +208,39 @@ def test_a_function_as_criterion(model):
         sf.select(model, k=1, criterion=3)
 
 
+def test_scores_that_are_no_numbers_are_the_criterions(model):
+    start = moved(model)
+    with pytest.raises(ValueError, match=r'"custom" gives NaN or inf.*\'body\.emb\', whose values'):
+        sf.select(model, start, k=1, criterion=lambda name, now, then: (now - now) / (now - now))
+
+
+def test_nothing_left_to_select(model):
+    every = sf.select(model, density=1.0, criterion="weight", fill=True)
+    for given in ({"k": 1}, {"density": 0.5}, {"density": 0.5, "budgets": "per_parameter"}):
+        for criterion in ("weight", "random"):
+            with pytest.raises(ValueError, match="there is no entry to select"):
+                sf.select(model, **given, criterion=criterion, exclude=every)
+    with pytest.raises(ValueError, match=r'fill=True fills up .* use tie="index"'):
+        sf.select(model, k=5, criterion="weight", tie="all", fill=True)
+
+
+def test_names_with_and_without_the_prefix_of_the_backbone(model):
+    start = moved(model)
+    first = sf.select(model, start, k=300)
+    bare = {n.removeprefix("body."): first.indices(n) for n in first.layout.names}
+    shapes = {n.removeprefix("body."): s for n, s in zip(first.layout.names, first.layout.shapes)}  # noqa: B905
+    same = sf.Support.from_indices(sf.Layout.of(shapes), bare)
+    assert sf.select(model, start, k=300, include=same) == first
+    second = sf.select(model, start, k=300, exclude=first)
+    assert sf.select(model, start, k=300, exclude=same) == second
+    # A mapping has no backbone.
+    now = {n: p.detach() for n, p in model.named_parameters() if n.startswith("body.")}
+    with pytest.raises(ValueError, match=r"exclude: it has entries of 'emb', .* is 'body\.emb'"):
+        sf.select(now, start, k=300, exclude=same)
+    with pytest.raises(ValueError, match=r"include: it has entries of 'emb', which is not elig"):
+        sf.select(now, start, k=300, include=same)
+
+
 def test_fewer_entries_moved_than_wanted(model):
     start = sf.snapshot(model)
     with pytest.raises(ValueError, match=r"only 0 of the 5 entries wanted moved\. Train longer, g"):
@@ -311,7 +344,7 @@ def test_models_without_parameters():
             sf.select(empty, k=1, criterion="random")
     with pytest.raises(ValueError, match="no tensors"):
         sf.select({}, k=1, criterion="random")
-    with pytest.raises(ValueError, match="the 0 eligible entries"):
+    with pytest.raises(ValueError, match="there is no entry to select"):
         sf.select({"a": torch.zeros(0)}, k=1, criterion="random")
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got list"):
         sf.select([1], k=1)
@@ -484,6 +517,8 @@ def test_groups_draw_independently():
     model = {f"w{i}": torch.zeros(10_000) for i in range(3)}
     found = sf.select(model, k=3000, criterion="random", budgets="per_parameter", seed=4)
     at = [set(found.indices(f"w{i}").tolist()) for i in range(3)]
+    own = sf.criteria.random(seed=4)
+    assert found == sf.select(model, k=3000, criterion=own, budgets="per_parameter", seed=9)
     for a, b in [(0, 1), (0, 2), (1, 2)]:
         # Of 1000 in 10,000 each, 100 are expected in both; four standard deviations are 36.
         assert 60 < len(at[a] & at[b]) < 140
