@@ -17,7 +17,9 @@ from sparse_ft.families import (
     is_norm,
     known_names,
     named_parameters,
+    unwrapped,
 )
+from sparse_ft.select import eligible_parameters
 
 
 class T5LayerNorm(nn.Module):
@@ -224,6 +226,65 @@ def test_the_prefix_of_the_backbone_is_put_before_or_taken_off():
     # A name of the model's own comes first.
     model.lin = nn.Linear(4, 4)
     assert known_names(model)["lin.weight"] is model.lin.weight
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, compiled, lambda model: compiled(nn.DataParallel(model))]
+)
+def test_wrappers_are_looked_through(wrap):
+    model, base = Tied(), Tied()
+    base.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        model.inner["lin"].weight += 1.0
+    own, tuned = (dict(m.named_parameters(prefix="inner")) for m in (base.inner, model.inner))
+    delta = sf.SparseDelta.between(own, tuned)
+    bare = sf.SparseDelta.between(base.inner, model.inner)
+    wrapped = wrap(base)
+
+    def bound(sft, model):
+        binding = sft.bind(model)
+        return {n.rpartition("lin.")[2]: t for n, t in zip(binding.names, binding.tensors)}  # noqa: B905
+
+    assert unwrapped(wrapped) is base
+    assert backbone(wrapped) is base.inner
+    inside = {id(p) for p in base.inner.parameters()}
+    assert {id(p) for p in eligible_parameters(wrapped).values()} == inside
+    weight = base.inner["lin"].weight
+    assert bound(delta, wrapped)["weight"] is bound(bare, wrapped)["weight"] is weight
+    base.inner.base_model_prefix = "inner"
+    assert bound(delta, wrap(base.inner))["weight"] is weight
+
+
+def test_a_head_beside_the_parts_of_the_backbone():
+    class Part(nn.Module):
+        base_model_prefix = "parts"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+    class PartsForAnswers(nn.Module):
+        base_model_prefix = "parts"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.first = nn.Embedding(5, 4), Part()
+            self.between, self.second, self.answers = nn.Linear(4, 4), Part(), nn.Linear(4, 2)
+
+    class Parts(PartsForAnswers):
+        """A bare model, whose last layer is a projection."""
+
+    model = PartsForAnswers()
+    every = {n for n, _ in model.named_parameters()}
+    assert every - backbone_names(model) == {"answers.weight", "answers.bias"}
+    assert backbone_names(Parts()) == every
+    assert backbone_names(nn.DataParallel(model)) == {
+        f"module.{n}" for n in every if not n.startswith("answers")
+    }
 
 
 def test_an_output_matrix_beside_the_backbone_is_a_head():

@@ -232,7 +232,9 @@ def _row(model: Any, output_name: str) -> list[str]:
     its_own = output is not None and output.weight is not model.get_input_embeddings().weight
     return [
         *_code([type(model).__name__]),
-        "all but `lm_head`" if backbone(model) is model else f"`{model.base_model_prefix}`",
+        f"all but `{[*model._modules][-1]}`"
+        if backbone(model) is model
+        else f"`{model.base_model_prefix}`",
         f"{sum(map(is_norm, model.modules()))} {', '.join(_code(kinds))}",
         "; ".join(tied) or "none",
         f"`{output_name}`, {'apart already' if its_own else 'copied'}",

@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 
 import task_models
 
+import sparse_ft as sf
+from sparse_ft.families import backbone_names, named_parameters
 from sparse_ft.tasks import TASKS, DataError, Examples
 from sparse_ft.tasks.base import evaluating
 from sparse_ft.tasks.lm import Blocks, mask_pieces
@@ -228,6 +230,26 @@ def test_models_learn(bases, name, base):
     after = task.evaluate(model, features, TEXT, tokenizer)
     assert after["loss"] < before["loss"] - 1
     assert not task.greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("mlm", "bert"), ("mlm", "xlm_roberta"), ("clm", "llama")]
+)
+def test_a_language_sft_binds_under_every_head(bases, name, base):
+    model = TASKS[name]().build(bases[base])
+    theta0, inside = sf.snapshot(model), backbone_names(model)
+    with torch.no_grad():
+        for n, parameter in model.named_parameters():
+            if n in inside:
+                parameter += 1
+    names = [n for n in named_parameters(model) if n in inside]
+    support = sf.select(model, theta0, k=500, eligible=names)
+    delta = sf.SparseDelta.between(theta0, model, support)
+    for other in ("tokens", "sequences", "qa", "parsing"):
+        labels = None if other == "qa" else ["a", "b"]
+        head = TASKS[other]().build(bases[base], labels)
+        binding = delta.bind(head, unused="ignore", allow_base_mismatch=True)
+        assert binding.left_out == 0
 
 
 def test_errors(bases):

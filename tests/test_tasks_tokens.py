@@ -207,7 +207,10 @@ def test_contractions_of_datasets_are_left_out():
 )
 def test_wrapped_models_are_scored(bases, wrap):
     task = TASK(metric="accuracy")
-    tokenizer, examples = task.tokenizer(bases["bert"]), Examples([{"tokens": ["Anna", "lives"], "tags": ["X", "O"]}])
+    tokenizer, examples = (
+        task.tokenizer(bases["bert"]),
+        Examples([{"tokens": ["Anna", "lives"], "tags": ["X", "O"]}]),
+    )
     features = task.encode(examples, tokenizer, 8, labels=["O", "X"])
     model = task.build(bases["bert"], ["O", "X"])
     found = task.evaluate(wrap(model), features, examples, tokenizer)

@@ -59,19 +59,20 @@ class Family:
 
 
 _BOTH = ("ForSequenceClassification", "ForTokenClassification")
+_ALL = (*_BOTH, "ForQuestionAnswering")
 FAMILIES = {
-    "BERT": Family("Bert", _HEADS, "ForMaskedLM", _BOTH),
+    "BERT": Family("Bert", _HEADS, "ForMaskedLM", _ALL),
     "XLM-R": Family(
         "XLMRoberta",
         {**_HEADS, "max_position_embeddings": 20, "type_vocab_size": 1, **_TOKENS},
         "ForMaskedLM",
-        _BOTH,
+        _ALL,
     ),
     "DistilBERT": Family(
         "DistilBert",
         {"vocab_size": VOCABULARY, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 16},
         "ForMaskedLM",
-        _BOTH,
+        _ALL,
     ),
     "ModernBERT": Family(
         "ModernBert",
@@ -83,30 +84,35 @@ FAMILIES = {
             "reference_compile": False,
         },
         "ForMaskedLM",
-        _BOTH,
+        _ALL,
     ),
-    "T5": Family("T5", _T5, "ForConditionalGeneration", _BOTH),
-    "mT5": Family("MT5", {**_T5, "tie_word_embeddings": False}, "ForConditionalGeneration", _BOTH),
+    "T5": Family("T5", _T5, "ForConditionalGeneration", _ALL),
+    "mT5": Family("MT5", {**_T5, "tie_word_embeddings": False}, "ForConditionalGeneration", _ALL),
     "NLLB": Family("M2M100", _BART, "ForConditionalGeneration", ()),
-    "BART": Family("Bart", _BART, "ForConditionalGeneration", ("ForSequenceClassification",)),
+    "BART": Family(
+        "Bart",
+        _BART,
+        "ForConditionalGeneration",
+        ("ForSequenceClassification", "ForQuestionAnswering"),
+    ),
     "GPT-2": Family(
         "GPT2",
         {"vocab_size": VOCABULARY, "n_embd": 8, "n_layer": 1, "n_head": 2, **_TOKENS},
         "LMHeadModel",
-        _BOTH,
+        _ALL,
     ),
-    "Llama": Family("Llama", {**_HEADS, **_TOKENS}, "ForCausalLM", _BOTH),
+    "Llama": Family("Llama", {**_HEADS, **_TOKENS}, "ForCausalLM", _ALL),
     "Llama, tied": Family(
-        "Llama", {**_HEADS, **_TOKENS, "tie_word_embeddings": True}, "ForCausalLM", _BOTH
+        "Llama", {**_HEADS, **_TOKENS, "tie_word_embeddings": True}, "ForCausalLM", _ALL
     ),
     "Qwen": Family(
-        "Qwen2", {**_HEADS, **_TOKENS, "tie_word_embeddings": True}, "ForCausalLM", _BOTH
+        "Qwen2", {**_HEADS, **_TOKENS, "tie_word_embeddings": True}, "ForCausalLM", _ALL
     ),
     "Qwen 3": Family(
         "Qwen3",
         {**_HEADS, **_TOKENS, "head_dim": 4, "tie_word_embeddings": True},
         "ForCausalLM",
-        _BOTH,
+        _ALL,
     ),
     "Gemma": Family("Gemma", {**_HEADS, **_TOKENS, "head_dim": 4}, "ForCausalLM", _BOTH),
     "Gemma 3": Family(

@@ -255,9 +255,7 @@ class DependencyParsing(Task):
                     )
             if not self.subtypes:
                 relations = [relation.partition(":")[0] for relation in relations]
-            rows.append(
-                {**row, self.tokens: words, self.heads: numbers, self.relations: relations}
-            )
+            rows.append({**row, self.tokens: words, self.heads: numbers, self.relations: relations})
         return examples.replaced(rows)
 
     def labels(self, examples: Sequence[dict[str, Any]]) -> list[str]:

@@ -83,9 +83,7 @@ class QuestionAnswering(Task):
             seen.add(name)
             # No piece of the context is a space alone.
             trimmed = [(s + len(t) - len(t.lstrip()), t.strip()) for s, t in answers]
-            rows.append(
-                {"id": name, "question": question, "context": context, "answers": trimmed}
-            )
+            rows.append({"id": name, "question": question, "context": context, "answers": trimmed})
         return examples.replaced(rows)
 
     def encode(
