@@ -479,8 +479,8 @@ def calibrate(
     of one example for the Fisher of Sung et al.
 
     The model runs in evaluation mode. It needs 4 bytes for each eligible entry, and one dense
-    gradient at a time. Model, buffers, gradients and random state are as they were in the end, after an
-    exception too.
+    gradient at a time. Model, buffers, gradients and random state are as they were in the end,
+    after an exception too.
 
     Args:
         model: Any module.

@@ -81,9 +81,9 @@ def known_names(model: nn.Module) -> dict[str, nn.Parameter]:
     prefixes are those of the model's class and of the classes that it comes from: Llama's is
     "model", but "transformer" in the class for question answering."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    bare = dict(_backbone(model)[1].named_parameters(remove_duplicate=False))
-    inner = unwrapped(model)
-    prefixes = {getattr(c, "base_model_prefix", None) for c in (inner, *type(inner).__mro__)}
+    bare = dict(unwrapped(backbone(model)).named_parameters(remove_duplicate=False))
+    whole = unwrapped(model)
+    prefixes = {getattr(c, "base_model_prefix", None) for c in (whole, *type(whole).__mro__)}
     names = sorted(p for p in prefixes if isinstance(p, str) and p)
     if not names:
         return own

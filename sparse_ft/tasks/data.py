@@ -106,9 +106,9 @@ def read(
     """Reads data by what they are: a file by its suffix, a folder, or a name on the Hub.
 
     Args:
-        source: A file, which is read whatever `split` says; a folder with one file a split (`train.conllu`, `en_ewt-ud-dev.conllu`) or
-            one that `datasets` saved; or, where there is no such path, a data set's name on the
-            Hub.
+        source: A file, which is read whatever `split` says; a folder with one file a split
+            (`train.conllu`, `en_ewt-ud-dev.conllu`) or one that `datasets` saved; or, where there
+            is no such path, a data set's name on the Hub.
         split: "train", "validation" or "test" (or a data set's own name for one); needed for a
             folder or a data set, without meaning for a file.
         format: "text", "conll", "conllu", "jsonl", "json", "csv", "tsv" or "dataset"; default: by
