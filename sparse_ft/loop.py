@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .lottery import Phase
+from .phases import GATHER
 from .runs import random_state_kept
 
 __all__ = ["Length", "Loop"]
@@ -26,8 +27,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Length:
     """How long a phase is.
 
-    The rule of the LT-SFT reference implementation: epochs in steps, not more than `max_steps`, not
-    fewer than `min_steps`.
+    The rule of the LT-SFT reference implementation: epochs in steps, rounded down, not more than
+    `max_steps`, not fewer than `min_steps` (and not fewer than 1).
 
     Args:
         steps: Optimizer steps.
@@ -74,7 +75,8 @@ class Length:
                 raise ValueError(
                     f"Length: {self.epochs} epochs of data that have no length; give steps"
                 )
-            steps = int(self.epochs * steps_per_epoch)
+            # 0.29 · 100 is 28.999999999999996 in floating point, and 29 steps.
+            steps = math.floor(round(self.epochs * steps_per_epoch, 6))
         steps = min(steps, self.max_steps or math.inf)
         return int(max(steps, self.min_steps or 1))
 
@@ -86,7 +88,7 @@ class Loop:
     Args:
         batches: A `DataLoader` or another re-iterable of batches, or a function `(phase) -> one`.
             If it has `active(model, batch)`, as a `MultiSource` has, each batch is run inside that
-            context.
+            context. If it has `settings`, a run that is resumed must have the same.
         full: Length of the full phase; a number is steps.
         sparse: Length of the sparse phase; default: as the full one.
         loss: `(model, batch) -> scalar`; default: `model(**batch).loss`, with the batch moved to
@@ -95,7 +97,7 @@ class Loop:
         schedule: "linear" (down to 0), "cosine" (idem) or "constant".
         warmup: Share of the steps over which the rate rises from 0, in [0, 1).
         accumulate: Batches for one step.
-        max_grad_norm: Norm to clip to; None: no clipping.
+        max_grad_norm: Norm to clip to, > 0; None: no clipping.
         weight_decay: Decoupled decay of the tuned entries.
         betas: Decay rates of the moments.
         eps: ε of AdamW.
@@ -103,9 +105,11 @@ class Loop:
         precision: None, "bf16" or "fp16": autocast, for fp16 with a gradient scaler.
         evaluate: `(model) -> score`, or several by name; without gradients, in evaluation mode.
         metric: Which score decides; not needed where there is one.
-        greater_is_better: Whether more of it is better.
+        greater_is_better: Whether more of it is better; to be stated, unless `metric` ends in
+            "loss" or "perplexity", of which less is better.
         evaluate_every: Steps between evaluations, or "epoch"; default: at the end of a phase alone.
-            The best weights of a phase decide its outcome.
+            The best weights of a phase decide its outcome. Buffers are not part of it: see
+            `Phase.offer`.
         seed: Seeds Python, NumPy and torch at the start of each phase; None leaves the state that
             `fit` gives.
         log: Gets a dictionary every `log_every` steps (phase, iteration, step, steps, loss, lr, l1,
@@ -132,13 +136,17 @@ class Loop:
     precision: str | None = None
     evaluate: Callable[[nn.Module], float | Mapping[str, float]] | None = None
     metric: str | None = None
-    greater_is_better: bool = False
+    greater_is_better: bool | None = None
     evaluate_every: int | str | None = None
     seed: int | None = 0
     log: Callable[[dict[str, Any]], Any] | None = None
     log_every: int = 100
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            # NumPy's numbers seed nothing, and JSON has none.
+            if isinstance(value := getattr(self, field.name), np.generic):
+                setattr(self, field.name, value.item())
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"Loop: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
@@ -156,9 +164,36 @@ class Loop:
             )
         if self.evaluate is None and (every is not None or self.metric is not None):
             raise ValueError("Loop: evaluate_every and metric need evaluate")
+        if self.evaluate is not None and self.greater_is_better is None:
+            if not (self.metric or "").endswith(("loss", "perplexity")):
+                raise ValueError(
+                    "Loop: greater_is_better: say whether more of the score is better, True (an "
+                    f"accuracy) or False (a loss); metric is {self.metric!r}, which does not tell"
+                )
+            self.greater_is_better = False
         _length(self.full), self._length("sparse")
         if len(self._pair(self.lr)) != 2:
             raise ValueError(f"Loop: lr must be a number, or a pair (full, sparse), got {self.lr}")
+        # What only the sparse phase would find is found before the full one.
+        for lr in self._pair(self.lr):
+            if not 0 <= lr < math.inf:
+                raise ValueError(f"Loop: lr must be finite and not negative, got {self.lr}")
+        if not self.weight_decay >= 0 or not self.eps >= 0:
+            raise ValueError(
+                "Loop: weight_decay and eps must not be negative, got "
+                f"{self.weight_decay} and {self.eps}"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"Loop: betas must be two numbers in [0, 1), got {self.betas}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"Loop: max_grad_norm must be positive, got {self.max_grad_norm}; None is no "
+                "clipping"
+            )
+        if self.gather not in GATHER:
+            raise ValueError(
+                f"Loop: gather must be {' or '.join(map(repr, GATHER))}, got {self.gather!r}"
+            )
         for name in ("accumulate", "log_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -173,10 +208,17 @@ class Loop:
         return {
             **plain,
             "lr": self._pair(self.lr),
-            "batches": len(self.batches) if isinstance(self.batches, Sized) else None,
+            "batches": getattr(self.batches, "settings", _count(self.batches)),
             "full": vars(_length(self.full)),
             "sparse": vars(self._length("sparse")),
         }
+
+    @property
+    def trained_on(self) -> list[dict[str, Any]]:
+        """The sources' SFTs, as the metadata of the result name them."""
+        deltas = getattr(self.batches, "deltas", None) or {}
+        ids = dict.fromkeys(d.content_id for d in deltas.values() if d is not None)
+        return [{"id": content_id, "alpha": 1.0} for content_id in ids]
 
     @staticmethod
     def _pair(value: Any) -> tuple[Any, Any]:
@@ -195,7 +237,8 @@ class Loop:
         batches: Any = self.batches
         if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
             batches = batches(phase)
-        per_epoch = len(batches) / self.accumulate if hasattr(batches, "__len__") else None
+        count = _count(batches)
+        per_epoch = None if count is None else count / self.accumulate
         steps = self._length(phase.name).resolve(per_epoch)
         every = self._every(steps, per_epoch)
 
@@ -215,8 +258,7 @@ class Loop:
             # Before a stored state moves the weights: sources' SFTs belong to θ0.
             bind(model, phase.theta0)
         loss_of = self.loss or _loss
-        mean = torch.zeros((), device=device)
-        count = 0
+        mean, added = torch.zeros((), device=device), 0
         model.train()
         for batch in phase.batches(
             batches, steps, accumulate=self.accumulate, keep=[schedule, scaler]
@@ -226,7 +268,7 @@ class Loop:
                     loss = loss_of(model, batch)
                 scaler.scale(loss / self.accumulate).backward()
             mean += loss.detach()
-            count += 1
+            added += 1
             if not phase.step_due:
                 phase.log(loss)
                 continue
@@ -239,8 +281,8 @@ class Loop:
             optimizer.zero_grad()
             phase.log(loss)
             if self.log is not None and (phase.step % self.log_every == 0 or phase.step == steps):
-                self._report(phase, steps, float(mean) / count, rate)
-                mean, count = torch.zeros_like(mean), 0
+                self._report(phase, steps, float(mean) / added, rate)
+                mean, added = torch.zeros_like(mean), 0
             if self.evaluate is not None and (phase.step % every == 0 or phase.step == steps):
                 self._evaluate(phase)
 
@@ -314,6 +356,14 @@ class Loop:
 
 def _length(length: Length | int) -> Length:
     return length if isinstance(length, Length) else Length(steps=length)
+
+
+def _count(batches: Any) -> int | None:
+    """How many batches there are, where that is known."""
+    try:
+        return len(batches)
+    except TypeError:  # a DataLoader of an IterableDataset has a length only where that has one
+        return None
 
 
 def _where(phase: Phase) -> dict[str, Any]:

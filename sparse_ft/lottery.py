@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +43,9 @@ class LotteryTicket:
 
     With n iterations, each selects K // n more entries (the last one the rest) among those not yet
     selected, by |θ − θ0| after a full phase that starts from the sparse values learnt so far, and
-    then tunes all entries selected so far; heads start afresh in each phase, and θ0 is always the
-    start of `fit`, as in the reference implementation.
+    then tunes all entries selected so far. θ0 is always the start of `fit`, as in the reference
+    implementation. Heads start afresh in each phase, from the same values, as the paper has it; in
+    the reference implementation they go on, from the second iteration on, from the phase before.
 
     Args:
         model: Any module. Where a composition is on it (a source language's SFT, say), that is the
@@ -59,12 +61,13 @@ class LotteryTicket:
         eligible: `(name, parameter) -> bool`, or names; default: the trainable parameters of the
             backbone.
         criterion: As in `sparse_ft.select`. One that needs no training ("random", a given mask)
-            skips the full phase; one that fixes its entries needs no k.
+            skips the full phase; one that fixes its entries needs no k, and has one iteration.
         exclude, include, tie, fill: As in `sparse_ft.select`.
         seed: For "random".
         eps: Entries of the result with |φ| ≤ eps are dropped, if eps > 0 (the reference
             implementation: 1e-7).
-        snapshot_device: Where to keep the start's values, for instance "cpu".
+        snapshot_device: Where to keep the start's values, for instance "cpu"; an L1 term reads them
+            from there in each step of the full phase.
 
     Raises:
         ValueError: Nothing is eligible, a parameter is unusable, or a setting is out of range.
@@ -90,12 +93,15 @@ class LotteryTicket:
         eps: float = 0.0,
         snapshot_device: torch.device | str | None = None,
     ) -> None:
-        pair = tuple(l1) if isinstance(l1, (tuple, list)) else (l1, l1)
+        pair = tuple(map(_plain, l1 if isinstance(l1, (tuple, list)) else (l1, l1)))
+        iterations, seed, eps = _plain(iterations), _plain(seed), _plain(eps)
+        l1_numel = _plain(l1_numel)
         if len(pair) != 2 or not all(0 <= value < float("inf") for value in pair):
             raise ValueError(
                 "LotteryTicket: l1 must not be negative; give a number, or a pair (full, sparse), "
                 f"got {l1}"
             )
+        self.model = model
         chosen = eligible_parameters(model, eligible)
         parameters = named_parameters(model)
         for name, parameter in parameters.items():
@@ -107,14 +113,27 @@ class LotteryTicket:
             if (name in chosen or parameter.requires_grad) and (reason := unusable(parameter)):
                 raise ValueError(f"LotteryTicket: parameter {name!r} {reason}")
         self.criterion = as_criterion(criterion)
+        self.exclude = _listed(exclude)
+        self.include = _listed(include)
         # Of a criterion that fixes its entries, K is their number.
         self._free = k is None and density is None and self.criterion.fixed is not None
         if self._free:
-            self.k = self._fixed(chosen).nnz
+            self.k = select(
+                self.model,
+                criterion=self.criterion,
+                eligible=frozenset(chosen),
+                include=self.include,
+                exclude=self.exclude,
+            ).nnz
         else:
             self.k = resolve_k(k, density, sum(p.numel() for p in chosen.values()))
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"LotteryTicket: iterations must be an integer ≥ 1, got {iterations}")
+        if iterations > 1 and self.criterion.fixed is not None:
+            raise ValueError(
+                f'LotteryTicket: criterion "{self.criterion.name}" fixes its entries, so there is '
+                f"nothing to select in {iterations} iterations; leave iterations at 1"
+            )
         if iterations > self.k:
             raise ValueError(
                 f"LotteryTicket: {iterations} iterations cannot share {self.k} entries; lower "
@@ -131,13 +150,10 @@ class LotteryTicket:
                 'LotteryTicket: l1_numel must be "all", "trainable", "eligible" or an integer '
                 f"≥ 1, got {l1_numel!r}"
             )
-        self.model = model
         self.iterations = iterations
         self.l1 = pair
         self.l1_numel = numel
         self.l1_heads = l1_heads
-        self.exclude = _listed(exclude)
-        self.include = _listed(include)
         self.seed = seed
         self.tie = tie
         self.fill = fill
@@ -146,6 +162,9 @@ class LotteryTicket:
         self.snapshot_device = snapshot_device
         self.support: Support | None = None
         self.theta0: Snapshot | None = None
+        # What a training function may change, as it was: which parameters are tuned, the buffers.
+        self._tuned: dict[nn.Parameter, bool] = {}
+        self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def fit(
         self,
@@ -168,7 +187,7 @@ class LotteryTicket:
                 that it gave to `phase.offer`, is what counts. `sparse_ft.Loop` is a ready one.
             folder: Where to keep the state of the run. Called again with the same model, settings
                 and folder, after whatever interruption, this goes on from there, to the same bits;
-                a finished run gives its result at once.
+                a finished run gives its result at once, with the metadata of this call.
             save_every: Store the state every so many optimizer steps too, in training functions
                 that use `phase.batches`; default: after each phase.
             fresh: Start over, whatever the folder holds.
@@ -177,7 +196,8 @@ class LotteryTicket:
 
         Returns:
             φ, with the heads, as a `SparseDelta`. Model and random state are as they were, bit for
-            bit, also after an exception; `sparse_ft.compose` puts φ on the model.
+            bit, also after an exception; `sparse_ft.compose` puts φ on the model. Buffers, such as
+            the running statistics of a BatchNorm, are not part of it.
 
         Raises:
             ValueError: The folder holds a run with another model or other settings.
@@ -193,6 +213,8 @@ class LotteryTicket:
         layout = Layout.of(
             {n: p for n, p in named_parameters(self.model).items() if n in self.eligible}
         )
+        if trained_on := getattr(train, "trained_on", None):
+            meta.setdefault("trained_on", trained_on)
         # A mistake in the metadata must not show after days of training.
         meta = checked_meta(meta, layout, self._heads())
         run = None
@@ -200,13 +222,27 @@ class LotteryTicket:
             run = Run(folder, self._settings(train, meta), fresh)
         try:
             if run is not None and run.progress.get("done"):
-                return SparseDelta.load(run.folder)
+                return self._finished(run.folder, meta)
             if run is not None and not run.progress and not fresh:
                 _check_free(run.folder)
             return self._kept(train, Shared(run, save_every, progress), meta)
         finally:
             if run is not None:
                 run.close()
+
+    def _finished(self, folder: str, meta: Mapping[str, Any]) -> SparseDelta:
+        """The result of a finished run, with the metadata given now."""
+        delta = SparseDelta.load(folder)
+        wanted = dict(delta.meta)
+        for name, value in meta.items():
+            # The run's own fields of a recipe or a base stay.
+            wanted[name] = {**wanted.get(name, {}), **value} if isinstance(value, dict) else value
+        if wanted != delta.meta:
+            delta.meta.update(wanted)
+            delta.save(os.path.join(folder, FILE_NAME))
+        parameters = named_parameters(self.model)
+        self.support = delta.support.to(next(parameters[n].device for n in self.eligible))
+        return delta
 
     def _kept(
         self, train: Callable[[Phase], Any], shared: Shared, meta: dict[str, Any]
@@ -215,6 +251,8 @@ class LotteryTicket:
         model = self.model
         drawn = random_state()
         modes = {module: module.training for module in model.modules()}
+        self._tuned = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        self._buffers = {module: dict(module._buffers) for module in model.modules()}
         # In a new process heads are drawn anew, so the run brings its own.
         mine = cloned(self._volatile()) if shared.run is not None else None
         try:
@@ -229,8 +267,8 @@ class LotteryTicket:
                 self._put(mine)
             for module, mode in modes.items():
                 module.training = mode
-            for generator, state in shared.loaders:
-                generator.set_state(state)
+            shared.rewind()
+            self._tuned, self._buffers = {}, {}
             set_random_state(drawn)
 
     def _begin(self, run: Run, drawn: dict[str, Any]) -> dict[str, Any]:
@@ -267,6 +305,9 @@ class LotteryTicket:
                 train(now)
             finally:
                 now.release()
+                self._thaw()
+            if now.best is None:
+                now.check_weights()
             return now
 
         while True:
@@ -313,11 +354,24 @@ class LotteryTicket:
         for kind, targets in self._volatile().items():
             write(targets, values[kind])
 
+    def _thaw(self) -> None:
+        """Undoes what a training function has frozen or thawed."""
+        for parameter, tuned in self._tuned.items():
+            parameter.requires_grad_(tuned)
+
     @torch.no_grad()
     def _rewind(self, start: Snapshot, learnt: Learnt | None) -> None:
         """Puts the model at θ0, with the sparse values learnt so far."""
         for parameter in self.model.parameters():
             parameter.grad = None
+        # A forward pass may make buffers, as a cache, or buffers of another shape.
+        for module, buffers in self._buffers.items():
+            for name in module._buffers.keys() - buffers.keys():
+                delattr(module, name)
+            for name, buffer in buffers.items():
+                now = module._buffers.get(name)
+                if buffer is None or now is None or now.shape != buffer.shape:
+                    module._buffers[name] = buffer
         start.restore(self.model)
         if learnt is None:
             return
@@ -379,7 +433,8 @@ class LotteryTicket:
             "fixed": _fingerprint([self._fixed(eligible)] if self.criterion.fixed else []),
             "exclude": _fingerprint(self.exclude),
             "include": _fingerprint(self.include),
-            "meta": dict(meta),
+            # What else the metadata say decides nothing.
+            "meta": {name: meta[name] for name in ("recipe", "trained_on") if name in meta},
             "training": getattr(train, "settings", None),
             **{f"parameter {n!r}": self._described(n, p) for n, p in parameters.items()},
         }
@@ -452,6 +507,11 @@ def _check_free(folder: str) -> None:
             f"LotteryTicket.fit: {folder} holds {FILE_NAME}, which no run there has made; name "
             "another folder, or have it replaced with fresh=True"
         )
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as one of Python's, which JSON can hold."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _listed(entries: Entries) -> list[Support | SparseDelta]:

@@ -22,12 +22,16 @@ from .tiles import Support
 if TYPE_CHECKING:
     from .lottery import LotteryTicket
 
-__all__ = ["Learnt", "Phase", "Shared", "TrainingDiverged", "cloned", "entries", "write"]
+__all__ = [
+    *("Learnt", "Phase", "Shared", "TrainingDiverged"),
+    *("cloned", "entries", "put_buffers", "write"),
+]
 
 # Losses are looked at in groups: each look waits for the device.
 CHECK_EVERY = 10
 # Elements that are compared at a time, so that no temporary has the size of a tensor.
 CHUNK = 1 << 20
+GATHER = ("step", "hook")
 
 
 class TrainingDiverged(RuntimeError):
@@ -131,8 +135,19 @@ class Phase:
             A `torch.optim.Optimizer`: schedulers and gradient scalers work with it.
 
         Raises:
-            ValueError: A trainable parameter is in no group or in two, or a name is unknown.
+            ValueError: A trainable parameter is in no group or in two, a name is unknown, or a
+                setting is out of range.
         """
+        # Both phases check what only one of them uses: the sparse one may come days later.
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(
+                f"Phase.optimizer: max_grad_norm must be positive, got {max_grad_norm}; None is no "
+                "clipping"
+            )
+        if (gather := adamw.get("gather", "step")) not in GATHER:
+            raise ValueError(
+                f"Phase.optimizer: gather must be {' or '.join(map(repr, GATHER))}, got {gather!r}"
+            )
         self.release()
         adamw = {"lr": 5e-5, "weight_decay": 0.0, **adamw}
         trainable = self._trainable()
@@ -194,7 +209,9 @@ class Phase:
         With a folder, the state is stored on the way; the same loop in a new process goes on where
         the stored state ends: parameters, buffers, optimizer, `keep`, random state, position in the
         data, best weights. Batches before that position are drawn and dropped. The order of an
-        epoch must be settled by the random state when it begins, as with torch's samplers.
+        epoch must be settled by the random state when it begins, as with torch's samplers. Workers
+        are started anew for each epoch, persistent ones too: what they draw must not hang on the
+        epochs that an interrupted run has not seen.
 
         Args:
             loader: A `DataLoader`, or whatever gives its batches anew each time it is iterated.
@@ -306,6 +323,9 @@ class Phase:
         """Keeps the weights if their score is the best so far; the best ones decide the outcome of
         the phase.
 
+        Buffers are no part of φ: with running statistics, as a BatchNorm has, the score is that of
+        weights and statistics together, and the statistics do not stay.
+
         Args:
             score: What the weights achieve now; NaN is never the best.
             better: "lower" or "higher".
@@ -395,12 +415,21 @@ class Phase:
         found = self._best() or cloned(self._weights())
         return Learnt(self.support, found["values"].cpu(), found["heads"])
 
+    def check_weights(self) -> None:
+        """Looks at the weights that are trained.
+
+        Raises:
+            TrainingDiverged: One is NaN or infinite.
+        """
+        where = f"at step {self.step}" if self.step else "at the end"
+        for name, parameter in self._trainable().items():
+            if not _finite(parameter.detach()):
+                raise self._diverged(f"{name!r} holds NaN or infinity {where}")
+
     def _captured(self, data: _Data, micro: int, keep: list[Any]) -> dict[str, Any]:
         assert self.made is not None
+        self.check_weights()
         parameters = self._trainable()
-        for name, parameter in parameters.items():
-            if not _finite(parameter.detach()):
-                raise self._diverged(f"{name!r} holds NaN or infinity at step {self.step}")
         if self.support is not None:
             parameters = {n: p for n, p in parameters.items() if n not in self.eligible}
         return {
@@ -428,7 +457,7 @@ class Phase:
         self.step, self._saved_step = state["step"], state["step"]
         self.best = state["best"]
         write(self._trainable(), state["parameters"])
-        write(dict(self.model.named_buffers()), state["buffers"])
+        put_buffers(self.model, state["buffers"])
         self.made.load_state_dict(state["optimizer"])
         for item, stored in zip(keep, state["keep"], strict=True):
             item.load_state_dict(stored)
@@ -451,37 +480,34 @@ class _Data:
         self._batches: Iterator[Any] = iter(())
         self._at_epoch: dict[str, Any] = {}
         self._at_draw: dict[str, Any] = {}
-        parts = [loader, getattr(loader, "collate_fn", None), getattr(loader, "dataset", None)]
-        for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-            parts += [sampler, getattr(sampler, "sampler", None)]
-        self._parts = [part for part in parts if part is not None]
-        found = [getattr(part, "generator", None) for part in self._parts]
-        unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
-        self._generators = list(unique.values())
-        shared.rewind(self._generators)
-        if getattr(loader, "persistent_workers", False):
-            # Workers that live on draw a seed when they start, and later epochs do not.
-            state = self._drawn()
-            iter(loader)
-            self._redraw(state)
+        self._parts = _parts(loader)
+        shared.rewind(self._parts)
+        # A collator may make its generator with its first batch: that one is not there yet.
+        found = [_generator(part) for part in self._parts]
+        self._given = len({id(g) for g in found if isinstance(g, torch.Generator)})
 
     def _drawn(self) -> dict[str, Any]:
         return {
             "random": random_state(),
-            "generators": [g.get_state() for g in self._generators],
+            "generators": [_generator_state(part) for part in self._parts],
         }
 
     def _redraw(self, state: Mapping[str, Any]) -> None:
         set_random_state(state["random"])
-        for generator, value in zip(self._generators, state["generators"], strict=True):
-            generator.set_state(value)
+        for part, value in zip(self._parts, state["generators"], strict=True):
+            _set_generator(part, value)
 
     def _begin(self, epoch: int) -> None:
         self.epoch, self.position = epoch, 0
         self._at_epoch = self._at_draw = self._drawn()
-        for part in {id(p): p for p in self._parts}.values():
+        for part in _own_parts(self.loader):
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(epoch)
+        self._batches = iter(())
+        for part in self._parts:
+            # Workers that live on would keep what they have drawn in epochs before.
+            if getattr(part, "persistent_workers", False) and hasattr(part, "_iterator"):
+                part._iterator = None
         self._batches = iter(self.loader)
 
     def next(self, remember: bool = False) -> Any:
@@ -512,18 +538,22 @@ class _Data:
         return {
             "epoch": self.epoch,
             "position": self.position,
+            "given": self._given,
             "at_epoch": self._at_epoch,
             "at_draw": self._at_draw,
             "now": self._drawn(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        count = len(state["now"]["generators"])
-        if count != len(self._generators):
-            raise ValueError(
-                f"Phase.batches: the loader of the stored state has {count} generators, this one "
-                f"{len(self._generators)}; build it in the same way"
-            )
+        stored = (len(state["now"]["generators"]), state["given"])
+        for what, before, now in zip(
+            ("parts", "generators"), stored, (len(self._parts), self._given), strict=True
+        ):
+            if before != now:
+                raise ValueError(
+                    f"Phase.batches: the loader of the stored state has {before} {what}, this one "
+                    f"{now}; build it in the same way"
+                )
         self._redraw(state["at_epoch"])
         self._begin(state["epoch"])
         for i in range(state["position"]):
@@ -537,6 +567,44 @@ class _Data:
         self.position = state["position"]
         self._at_draw = state["at_draw"]
         self._redraw(state["now"])
+
+
+def _own_parts(loader: Any) -> list[Any]:
+    """A loader and what it is made of."""
+    parts = [loader, getattr(loader, "collate_fn", None), getattr(loader, "dataset", None)]
+    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        parts += [sampler, getattr(sampler, "sampler", None)]
+    return list({id(part): part for part in parts if part is not None}.values())
+
+
+def _parts(loader: Any) -> list[Any]:
+    """The parts of a loader, and of the loaders by source that it may hold."""
+    parts = _own_parts(loader)
+    if isinstance(held := getattr(loader, "batches", None), Mapping):
+        parts += [part for one in held.values() for part in _own_parts(one)]
+    return parts
+
+
+def _generator(part: Any) -> Any:
+    return getattr(part, "generator", None)
+
+
+def _generator_state(part: Any) -> Tensor | None:
+    generator = _generator(part)
+    return generator.get_state() if isinstance(generator, torch.Generator) else None
+
+
+def _set_generator(part: Any, state: Tensor | None) -> None:
+    """Puts the generator of a part into a state; None: it has none yet."""
+    generator = _generator(part)
+    if not isinstance(generator, torch.Generator):
+        if state is None:
+            return
+        generator = part.generator = torch.Generator()
+    if state is None:
+        part.generator = None
+    else:
+        generator.set_state(state)
 
 
 class Shared:
@@ -554,15 +622,26 @@ class Shared:
         self.run = run
         self.save_every = save_every
         self.progress = progress
-        # The loaders' generators, with their states before `fit` used them.
-        self.loaders: list[tuple[torch.Generator, Tensor]] = []
+        # The loaders' generators, with their states before `fit` used them, and the parts that had
+        # none then.
+        self._drawn: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self._without: dict[int, Any] = {}
 
-    def rewind(self, generators: list[torch.Generator]) -> None:
-        """Puts a loader's generators where the first phase found them."""
-        known = {id(generator) for generator, _ in self.loaders}
-        self.loaders += [(g, g.get_state()) for g in generators if id(g) not in known]
-        for generator, state in self.loaders:
+    def rewind(self, parts: Iterable[Any] = ()) -> None:
+        """Puts the loaders' generators where the first phase found them.
+
+        Args:
+            parts: Parts of a loader, which may be new.
+        """
+        for part in parts:
+            if not isinstance(generator := _generator(part), torch.Generator):
+                self._without[id(part)] = part
+            elif id(part) not in self._without and id(generator) not in self._drawn:
+                self._drawn[id(generator)] = (generator, generator.get_state())
+        for generator, state in self._drawn.values():
             generator.set_state(state)
+        for part in self._without.values():
+            _set_generator(part, None)
 
     @property
     def stored(self) -> str | None:
@@ -629,7 +708,7 @@ class _AnchorAndClip:
     ) -> None:
         self.parameters = list(parameters.values())
         self.anchored = list(anchored.values())
-        self.anchors = [theta0[n].to(p.device) for n, p in anchored.items()] if coeff else []
+        self.anchors = [theta0[n] for n in anchored] if coeff else []
         self.coeff = coeff
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
@@ -644,8 +723,16 @@ class _AnchorAndClip:
         if self.coeff:
             groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
             for i, parameter in enumerate(self.anchored):
-                if parameter.grad is not None:
+                if parameter.grad is None:
+                    continue
+                grad, anchor = _contiguous_grad(parameter), self.anchors[i]
+                if anchor.device == parameter.device:
                     groups.setdefault((parameter.device, parameter.dtype), []).append(i)
+                    continue
+                # θ0 that is kept elsewhere comes piece by piece, or nothing would be saved.
+                whole = (t.detach().view(-1).split(CHUNK) for t in (grad, parameter, anchor))
+                for g, now, start in zip(*whole, strict=True):
+                    anchor_l1_([g], [now], [start.to(now.device)], self.coeff)
             for members in groups.values():
                 anchor_l1_(
                     [_contiguous_grad(self.anchored[i]) for i in members],
@@ -689,6 +776,23 @@ def write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         # An expanded buffer holds one value where it shows many: write that one.
         once = tuple(slice(None if stride else 1) for stride in target.stride())
         target[once].copy_(value[once])
+
+
+@torch.no_grad()
+def put_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Writes buffers, and makes those that a model has only after its first forward pass."""
+    found = dict(model.named_buffers())
+    for name, value in values.items():
+        if name in found and found[name].shape == value.shape:
+            write(found, {name: value})
+            continue
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        device = next(model.parameters()).device
+        if leaf in module._buffers:
+            module._buffers[leaf] = value.to(device)
+        else:
+            module.register_buffer(leaf, value.to(device), persistent=False)
 
 
 def cloned(tree: Any, device: torch.device | str | None = None) -> Any:

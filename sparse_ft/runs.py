@@ -3,7 +3,7 @@
 `run.json` names the files that hold the state. A new state is written into new files first, then
 `run.json` is replaced in one step, then the old files go: whatever moment the process dies at, the
 folder holds one whole state. Tensors lie in safetensors files, all else is JSON; nothing is
-pickled.
+pickled. The files' names hold a random number of the run, so that no other file is taken for one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -26,13 +27,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checkpoints import read_json, write_json, write_safetensors
-from .files import SFTFileError, canonical, new_file, parse_json
+from .files import SFTFileError, canonical, parse_json
 
 __all__ = ["Run", "random_state", "random_state_kept", "set_random_state"]
 
 NAME = "run.json"
 FORMAT = {"format": "sparse_ft.run", "version": 1}
-_OWN = re.compile(r"run-[a-z]+-[0-9]+\.safetensors|\.[0-9a-f]{16}\.tmp")
+_ID = re.compile(r"[0-9a-f]{8}")
 # Seconds: when a process is killed, the workers of its loaders live on for a while, and hold its
 # lock.
 WAIT = 10.0
@@ -181,7 +182,7 @@ class Run:
     Args:
         folder: Where the run is or shall be; made if it is not there.
         settings: What decides the result, as JSON values. A run goes on only with the same.
-        fresh: Start over, whatever is there.
+        fresh: Start over, whatever is there. It stays until the first `commit`.
 
     Attributes:
         progress: How far the run is, as its owner recorded it; empty at the beginning.
@@ -199,31 +200,44 @@ class Run:
         os.makedirs(self.folder, exist_ok=True)
         self._lock = _locked(self.folder)
         self.progress: dict[str, Any] = {}
+        self._id = secrets.token_hex(4)
+        self._claimed = False
         self._files: dict[str, str] = {}
-        self._settings = parse_json("settings", canonical(settings))
+        # The files that run.json names.
+        self._committed: set[str] = set()
+        self._settings = parse_json("settings", canonical(_plain(settings)))
         try:
-            if os.path.exists(self._path(NAME)) and not fresh:
-                self._open()
-            elif fresh:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._path(NAME))
-            self._sweep()
+            if os.path.exists(self._path(NAME)):
+                self._open(fresh)
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
+    def _open(self, fresh: bool) -> None:
         path = self._path(NAME)
-        document = read_json(path)
-        if {key: document.get(key) for key in FORMAT} != FORMAT:
-            raise SFTFileError(f"{path}: is not a run of this version; name another folder")
+        try:
+            document = read_json(path)
+            own = {key: document.get(key) for key in FORMAT} == FORMAT
+            if not own or not _ID.fullmatch(str(document.get("id"))):
+                raise SFTFileError(f"{path}: is not a run of this version; name another folder")
+        except SFTFileError:
+            if fresh:
+                return
+            raise
+        self._claimed = True
+        if fresh:
+            # Under the same number, so that the old files go once there are new ones.
+            self._id, self._committed = document["id"], set(document["files"].values())
+            return
         if changes := _differences(document["settings"], self._settings):
             raise ValueError(
                 f"{self.folder}: holds a run with other settings: {'; '.join(changes[:5])}"
                 + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
                 + ". Give it those settings, name another folder, or start over with fresh=True"
             )
-        self.progress, self._files = document["progress"], document["files"]
+        self._id, self.progress, self._files = (document[k] for k in ("id", "progress", "files"))
+        self._committed = set(self._files.values())
+        self._sweep()
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -232,20 +246,16 @@ class Run:
         """The file of one part of the state; None where there is none."""
         return self._path(self._files[kind]) if kind in self._files else None
 
-    def new_path(self, kind: str) -> str:
-        """A path for a new file of one part; it counts from the next `commit` on."""
-        taken = [int(n.split("-")[2].split(".")[0]) for n in self._own() if n[0] != "."]
-        self._files[kind] = f"run-{kind}-{max(taken, default=0) + 1}.safetensors"
-        return self._path(self._files[kind])
-
     def write(self, kind: str, tree: Any) -> None:
         """Writes one part of the state; it counts from the next `commit` on."""
-        before = dict(self._files)
-        try:
-            write_tree(self.new_path(kind), tree)
-        except BaseException:
-            self._files = before
-            raise
+        if not self._claimed:
+            # The number is on the disk before the first file that bears it.
+            self._record({}, {})
+        taken = [int(name.rsplit("-", 1)[1].split(".")[0]) for name in self._own()]
+        name = f"run-{kind}-{self._id}-{max(taken, default=0) + 1}.safetensors"
+        write_tree(self._path(name), tree)
+        self._files[kind] = name
+        self._sweep()
 
     def read(self, kind: str) -> Any:
         """One part of the state; None where there is none."""
@@ -259,36 +269,58 @@ class Run:
 
     def commit(self, **progress: Any) -> None:
         """Makes what was written the state of the run, in one step."""
+        now = {**self.progress, **progress}
+        self._record(now, self._files)
+        self.progress, self._committed = now, set(self._files.values())
+        self._sweep()
+
+    def _record(self, progress: Mapping[str, Any], files: Mapping[str, str]) -> None:
         document = {
             **FORMAT,
-            "progress": {**self.progress, **progress},
-            "files": self._files,
+            "id": self._id,
+            "progress": progress,
+            "files": files,
             "settings": self._settings,
         }
         # The new files' names are on the disk before run.json names them.
         _sync(self.folder)
-        with new_file("Run.commit", self._path(NAME)) as temporary:
+        temporary = self._path(f"run-{self._id}.tmp")
+        try:
             write_json(temporary, document)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
+            os.replace(temporary, self._path(NAME))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
         _sync(self.folder)
-        self.progress = document["progress"]
-        self._sweep()
+        self._claimed = True
 
     def _own(self) -> list[str]:
-        return [name for name in os.listdir(self.folder) if _OWN.fullmatch(name)]
+        own = re.compile(rf"run-[a-z]+-{self._id}-[0-9]+\.safetensors")
+        return [name for name in os.listdir(self.folder) if own.fullmatch(name)]
 
     def _sweep(self) -> None:
         """Removes the files that no state names any more."""
-        for name in set(self._own()) - set(self._files.values()):
+        for name in set(self._own()) - self._committed - set(self._files.values()):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path(name))
 
     def close(self) -> None:
         """Lets other processes work in the folder."""
         if self._lock is not None:
-            os.close(self._lock)
+            _unlock(self._lock)
             self._lock = None
+
+
+def _unlock(lock: int) -> None:
+    import fcntl
+
+    # Workers of loaders that live on hold the same lock: closing this handle would not end it.
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
 
 
 def _locked(folder: str) -> int | None:
@@ -325,6 +357,17 @@ def _sync(folder: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _plain(tree: Any) -> Any:
+    """Settings with NumPy's numbers as Python's."""
+    if isinstance(tree, np.generic):
+        return tree.item()
+    if isinstance(tree, (list, tuple)):
+        return [_plain(item) for item in tree]
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    return tree
 
 
 def _differences(stored: Any, given: Any, at: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tuned import ELIGIBLE, Net, loss_of, noisy, rows, same, values
 
 import sparse_ft as sf
@@ -56,6 +57,7 @@ def ticket(model=None, **options):
         (sf.Length(epochs=3), 10 / 4, 7),
         (sf.Length(epochs=0.5), 9, 4),
         (sf.Length(epochs=0.01), 9, 1),
+        (sf.Length(epochs=0.29), 100, 29),
     ],
 )
 def test_length(length, per_epoch, steps):
@@ -73,6 +75,13 @@ def test_length_is_the_references_rule(examples, batch, accumulate, epochs, leas
     expected = max(min(expected, least + more), least)
     length = sf.Length(epochs=epochs, min_steps=least, max_steps=least + more)
     assert length.resolve(batches / accumulate) == expected
+
+
+@given(st.integers(1, 500), st.integers(1, 5000), st.integers(1, 8))
+def test_parts_of_an_epoch_are_rounded_down(hundredths, batches, accumulate):
+    exact = Fraction(hundredths * batches, 100 * accumulate)
+    found = sf.Length(epochs=hundredths / 100).resolve(batches / accumulate)
+    assert found == max(1, math.floor(exact))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +218,7 @@ def test_evaluation_does_not_touch_what_training_draws():
         drawn.append((random.random(), np.random.rand(), float(torch.rand(1))))  # noqa: NPY002
         return -len(drawn)  # the last weights are the best
 
-    watched = ticket(model).fit(loop(evaluate=evaluate, evaluate_every=1))
+    watched = ticket(model).fit(loop(evaluate=evaluate, evaluate_every=1, metric="loss"))
     assert len(drawn) == 12
     assert watched == ticket(model).fit(loop())
 
@@ -274,6 +283,7 @@ def test_lengths_in_epochs_and_evaluation_by_epoch():
             sparse=sf.Length(epochs=1, min_steps=7),
             accumulate=2,
             evaluate=lambda model: 0.0,
+            greater_is_better=True,
             evaluate_every="epoch",
             log=lambda entry: steps.setdefault(entry["phase"], []).append(entry["step"]),
         )
@@ -291,6 +301,45 @@ def test_batches_by_phase():
 
     ticket().fit(loop(batches=batches))
     assert seen == ["full", "sparse"]
+
+
+def test_data_without_a_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(rows())
+
+    batches = DataLoader(Stream(), batch_size=4)
+    run = loop(batches=batches)
+    assert run.settings["batches"] is None
+    assert ticket().fit(run) == ticket().fit(loop(batches=DataLoader(rows(), batch_size=4)))
+    with pytest.raises(ValueError, match="epochs of data that have no length"):
+        ticket().fit(loop(batches=batches, full=sf.Length(epochs=1)))
+
+
+def test_sources_are_settings_and_part_of_the_result(tmp_path):
+    """A run goes on only with the same sources; its result names their SFTs."""
+    model = Net()
+    chosen = sf.select(model, k=20, criterion="random")
+    delta = sf.SparseDelta.from_compact(chosen, torch.full((20,), 0.1))
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    own = DataLoader(
+        [dict(zip("xy", row, strict=True)) for row in rows()], 4, shuffle=True, generator=generator
+    )
+
+    def fit(**settings):
+        batches = sf.MultiSource({"a": own, "b": own}, {"a": delta})
+        if settings:
+            batches.settings = settings
+        run = loop(batches=batches, full=3, loss=lambda model, b: loss_of(model, (b["x"], b["y"])))
+        return ticket(model).fit(run, tmp_path)
+
+    found = fit(seed=1)
+    assert found.meta["trained_on"] == [{"id": delta.content_id, "alpha": 1.0}]
+    assert torch.equal(generator.get_state(), before)
+    assert fit(seed=1) == found
+    with pytest.raises(ValueError, match=r"training\.batches\.seed was 1 and is 2"):
+        fit(seed=2)
 
 
 def test_batches_that_bring_a_context():
@@ -432,6 +481,14 @@ def test_each_phase_starts_from_the_same_seed():
         ({"log_every": 2.5}, "log_every must be an integer ≥ 1"),
         ({"full": 0}, "steps must be positive"),
         ({"lr": (1, 2, 3)}, "lr must be a number, or a pair"),
+        ({"lr": (1e-2, -1)}, "lr must be finite and not negative"),
+        ({"lr": float("nan")}, "lr must be finite and not negative"),
+        ({"weight_decay": -0.1}, "weight_decay and eps must not be negative"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be positive, got 0; None is no clipping"),
+        ({"gather": "hoook"}, "gather must be 'step' or 'hook'"),
+        ({"evaluate": len}, "greater_is_better: say whether more"),
+        ({"evaluate": len, "metric": "accuracy"}, "metric is 'accuracy', which does not tell"),
     ],
 )
 def test_settings_that_make_no_sense(options, message):
@@ -449,7 +506,7 @@ def test_settings_that_make_no_sense(options, message):
 )
 def test_a_metric_that_is_not_there(scores, metric, message):
     with pytest.raises(ValueError, match=message):
-        ticket().fit(loop(evaluate=lambda model: scores, metric=metric))
+        ticket().fit(loop(evaluate=lambda model: scores, metric=metric, greater_is_better=True))
 
 
 # --- what a plain loop is given -----------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tuned import ELIGIBLE, Net, same, values
 
 import sparse_ft as sf
+from sparse_ft import phases
 from sparse_ft_kernels import native
 
 
@@ -369,6 +370,57 @@ def test_clipping_of_the_full_phase_is_torchs():
         assert torch.equal(t, results[1][n]), n
 
 
+def test_a_start_that_is_kept_elsewhere_comes_in_pieces(monkeypatch):
+    """No copy of θ0 on the device: what `snapshot_device` saves stays saved."""
+    monkeypatch.setattr(phases, "CHUNK", 100)
+    sizes = []
+
+    class Elsewhere:
+        device = torch.device("cuda")
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def detach(self):
+            return self
+
+        def view(self, *shape):
+            return Elsewhere(self.tensor.view(*shape))
+
+        def split(self, size):
+            return [Elsewhere(part) for part in self.tensor.split(size)]
+
+        def to(self, device):
+            sizes.append(self.tensor.numel())
+            return self.tensor
+
+    grads = []
+    for where in (lambda tensor: tensor, Elsewhere):
+        model = Net()
+        tuned = {n: p for n, p in model.named_parameters() if n in ELIGIBLE}
+        theta0 = {n: where(torch.full_like(p, 0.01)) for n, p in tuned.items()}
+        model(torch.ones(2, 20)).sum().backward()
+        optimizer = torch.optim.AdamW(tuned.values())
+        phases._AnchorAndClip(tuned, tuned, theta0, 0.3, None)(optimizer, (), {})
+        grads.append(torch.cat([p.grad.view(-1) for p in tuned.values()]))
+    assert_bits(*grads)
+    assert max(sizes) == 100
+    assert sum(sizes) == 2580
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_grad_norm": -1.0}, r"max_grad_norm must be positive, got -1\.0; None is no"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be positive, got 0"),
+        ({"gather": "hoook"}, "gather must be 'step' or 'hook', got 'hoook'"),
+    ],
+)
+def test_what_the_sparse_phase_would_refuse_the_full_one_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        sf.LotteryTicket(Net(), k=5).fit(Training(settings=options))
+
+
 def test_a_scaler_has_to_unscale_in_the_full_phase():
     model = Net()
     before = values(model)
@@ -469,8 +521,50 @@ def test_training_that_diverges_is_named():
     def train(phase):
         model.body[4].weight[0, 0] = float("nan")
 
-    with pytest.raises(ValueError, match=r"'body\.4\.weight' holds NaN or infinity"):
+    with pytest.raises(sf.TrainingDiverged, match=r"'body\.4\.weight' holds NaN or infinity"):
         sf.LotteryTicket(model, k=5).fit(train)
+    same(model, before)
+
+
+@pytest.mark.parametrize("where", ["full", "sparse"])
+@pytest.mark.parametrize("best", [False, True])
+def test_the_last_update_of_a_phase_diverges(where, best):
+    model = Net()
+    before = values(model)
+    inner = Training()
+
+    def train(phase):
+        inner(phase)
+        if best:
+            phase.offer(1.0)
+        if phase.name == where:
+            with torch.no_grad():
+                model.head.weight[0, 0] = float("inf")
+
+    ticket = sf.LotteryTicket(model, k=5)
+    if best:
+        assert ticket.fit(train).heads["head.weight"].isfinite().all()
+    else:
+        with pytest.raises(sf.TrainingDiverged, match=f"'head.weight' holds.*of the {where} phase"):
+            ticket.fit(train)
+    same(model, before)
+
+
+def test_what_a_training_function_freezes_is_thawed():
+    model = Net()
+    before = values(model)
+    inner = Training()
+
+    def train(phase):
+        inner(phase)
+        for parameter in model.head.parameters():
+            parameter.requires_grad_(False)
+        model.body[1].weight.requires_grad_(True)
+
+    delta = sf.LotteryTicket(model, k=50).fit(train)
+    assert set(delta.heads) == {"head.weight", "head.bias"}
+    assert all(p.requires_grad for p in model.head.parameters())
+    assert not model.body[1].weight.requires_grad
     same(model, before)
 
 
@@ -629,6 +723,12 @@ def test_a_given_mask_needs_neither_k_nor_a_full_phase():
     assert ticket.k == len(delta) == 77
     assert delta.support == chosen
     assert delta.meta["recipe"]["method"] == "given mask"
+    some = sf.select(Net(), k=900, criterion="random", seed=6)
+    left = sf.LotteryTicket(Net(), criterion=sf.criteria.given(chosen), exclude=some)
+    delta = left.fit(Training())
+    assert 0 < left.k == len(delta) == delta.meta["recipe"]["k_requested"] < 77
+    with pytest.raises(ValueError, match=r'"bias" fixes its entries.* leave iterations at 1'):
+        sf.LotteryTicket(Net(), criterion="bias", iterations=2)
     biases = sf.LotteryTicket(Net(), criterion="bias").fit(Training())
     assert len(biases) == 80
     assert set(biases.support.counts()) == set(ELIGIBLE)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -141,6 +143,19 @@ class Masking:
         return x * (torch.rand(x.shape, generator=self.generator) > 0.3), y
 
 
+class Lazy:
+    """A collator that makes its generator with its first batch, as transformers' do."""
+
+    def __init__(self):
+        self.generator = None
+
+    def __call__(self, items):
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(8)
+        x, y = noisy(items)
+        return x * (torch.rand(x.shape, generator=self.generator) > 0.3), y
+
+
 class Ahead:
     """Draws a batch before it is asked for, as accelerate's loaders do."""
 
@@ -166,6 +181,7 @@ CASES = {
     "shuffled": ({}, Shuffled, {}),
     "distributed": ({}, distributed, {}),
     "collator": ({}, lambda: loader(collate_fn=Masking()), {}),
+    "lazy": ({}, lambda: loader(collate_fn=Lazy()), {}),
     "ahead": ({}, Ahead, {}),
     "groups": (
         {},
@@ -226,15 +242,17 @@ def test_loaders_with_workers(persistent, tmp_path):
     def make():
         return Plain(
             loader(
-                num_workers=2,
+                num_workers=1 if persistent else 2,
                 persistent_workers=persistent,
                 multiprocessing_context="fork",
-                # Workers that live on keep what they drew, so nothing is drawn in them.
-                collate_fn=None if persistent else noisy,
             )
         )
 
-    whole = persistently(None, make)
+    train = make()
+    whole = persistently(None, lambda: train)
+    # Workers that live on begin again, too.
+    if persistent:
+        equal(persistently(None, lambda: train), whole)
     equal(persistently(tmp_path, make, lives=[14, 8], save_every=3), whole)
 
 
@@ -270,6 +288,58 @@ def test_each_phase_draws_what_the_first_one_draws():
     assert random.getstate() == state[2]
 
 
+def test_a_generator_that_comes_with_the_first_batch():
+    seen: dict[str, list] = {"full": [], "sparse": []}
+    batches = loader(collate_fn=Lazy())
+
+    def train(phase):
+        torch.manual_seed(3)
+        phase.optimizer()
+        random.seed(3)
+        np.random.seed(3)  # noqa: NPY002
+        seen[phase.name] += [x for x, _ in phase.batches(batches, steps=12)]
+
+    for _ in range(2):
+        sf.LotteryTicket(Net(), k=100, fill=True).fit(train)
+        assert batches.collate_fn.generator is None
+    first = seen["full"][:12]
+    again = zip(seen["full"][12:], seen["sparse"][:12], seen["sparse"][12:], strict=True)
+    for x, others in zip(first, again, strict=True):
+        assert all(torch.equal(x, other) for other in others)
+
+
+@pytest.mark.parametrize("kind", ["new", "none", "grows"])
+def test_buffers_that_the_forward_pass_makes(kind, tmp_path):
+    class Caching(Net):
+        def __init__(self):
+            super().__init__()
+            if kind != "new":
+                start = None if kind == "none" else torch.zeros(1)
+                self.body[0].register_buffer("seen", start, persistent=False)
+
+        def forward(self, x):
+            seen = getattr(self.body[0], "seen", None)
+            if seen is None or len(seen) < 9:
+                self.body[0].register_buffer("seen", torch.zeros(9), persistent=False)
+            self.body[0].seen += 1
+            return super().forward(x) * (1 + self.body[0].seen.mean() / 50)
+
+    def run(die_after=None, folder=None, **options):
+        model = Caching()
+        before = values(model), dict(model.body[0]._buffers)
+        seed(1)
+        try:
+            return sf.LotteryTicket(model, k=100).fit(Plain(loader(), die_after), folder, **options)
+        finally:
+            same(model, before[0])
+            assert dict(model.body[0]._buffers) == before[1]
+
+    whole = run()
+    with pytest.raises(Killed):
+        run(8, tmp_path, save_every=3)
+    equal(run(folder=tmp_path, save_every=3), whole)
+
+
 def test_the_callers_random_state_comes_back():
     model = Net()
     seed(4)
@@ -297,6 +367,7 @@ def run(folder):
     loop = sf.Loop(
         loader, full=4, sparse=3, loss=loss_of, lr=1e-2, accumulate=2, warmup=0.2, seed=3,
         evaluate=lambda model: float(model.head.weight.sum()), evaluate_every=2,
+        greater_is_better=False,
     )
     ticket = sf.LotteryTicket(Net(), k=300, l1=0.1, iterations=2)
     return ticket.fit(loop, folder, save_every=None if folder is None else 1).content_id
@@ -328,7 +399,7 @@ for life in range(400):
         os._exit(0)
     chance.random()
     if how == "clock":
-        time.sleep(chance.uniform(0.02, 0.3))
+        time.sleep(chance.uniform(0.02, 0.1 + life / 100))  # in time, it gets to the end
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 child = os.fork()
@@ -368,6 +439,15 @@ def test_a_finished_run_gives_its_result(tmp_path):
     equal(again, whole)
     assert again.meta["lang"] == "sw"
     equal(sf.SparseDelta.load(tmp_path), whole)
+    # What the metadata say of it may change afterwards.
+    ticket = sf.LotteryTicket(Net(head=5), k=300, l1=0.1)
+    named = ticket.fit(never, tmp_path, license="MIT", base={"id": "x"})
+    for found in (named, sf.SparseDelta.load(tmp_path)):
+        assert torch.equal(found.val, whole.val)
+        assert (found.meta["lang"], found.meta["license"]) == ("sw", "MIT")
+        base = {**whole.meta["base"], "id": "x"}
+        assert found.meta["base"] == base
+    assert ticket.support == whole.support
     fresh = persistently(tmp_path, lambda: Plain(loader(), steps=5), fresh=True, lang="sw")
     assert fresh.content_id != whole.content_id
 
@@ -412,7 +492,7 @@ def test_what_is_stored_is_small_in_the_sparse_phase(tmp_path):
         ({"criterion": "random"}, r'criterion was "magnitude" and is "random"'),
         ({"eligible": {"body.0.weight"}}, r"parameter 'body\.4\.bias' was \".* eligible.* a head"),
         ({"exclude": True}, r"exclude was \[\] and is \["),
-        ({"lang": "de"}, r'meta\.lang was "sw" and is "de"'),
+        ({"recipe": {"lr": 1}}, r'meta\.recipe was null and is \{"lr": 1\}'),
         ({"lr": 0.5}, r"training\.lr was \[0\.01, 0\.01\] and is \[0\.5, 0\.5\]"),
         ({"rows": 30}, r"training\.batches was 10 and is 8"),
         ({"full": 6}, r"training\.full\.steps was 4 and is 6"),
@@ -435,7 +515,7 @@ def test_a_run_goes_on_only_with_its_own_settings(change, message, tmp_path):
             change["exclude"] = sf.select(model, k=7, criterion="random")
         batches = DataLoader(rows(change.pop("rows", 38)), 4, collate_fn=noisy)
         loop = sf.Loop(batches, change.pop("full", 4), 4, loss=loss_of, lr=change.pop("lr", 1e-2))
-        meta = {"lang": change.pop("lang", "sw")}
+        meta = {"lang": "sw", "recipe": change.pop("recipe", {})}
         ticket = sf.LotteryTicket(model, **{"k": 300, "l1": 0.1, **change})
         return ticket.fit(loop, tmp_path, fresh=fresh, **meta)
 
@@ -464,7 +544,7 @@ def test_data_that_are_not_those_of_the_run(tmp_path):
     with pytest.raises(Killed):
         attempt(loader(), die_after=9)
     with pytest.raises(ValueError, match="at batch 7 of an epoch, and the loader has only 3"):
-        attempt(fixed(3))
+        attempt(DataLoader(rows(12), batch_size=4, shuffle=True))
     with pytest.raises(ValueError, match="0 generators, this one 1"):
         attempt(generated())
     with pytest.raises(ValueError, match="1 items in keep, this loop 0"):
@@ -527,12 +607,72 @@ def test_one_process_at_a_time(tmp_path, monkeypatch):
     runs.Run(tmp_path, {}).close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_workers_that_live_on_do_not_hold_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "WAIT", 0.1)
+    run = runs.Run(tmp_path, {})
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    worker.start()
+    try:
+        run.close()
+        runs.Run(tmp_path, {}).close()
+    finally:
+        worker.terminate()
+        worker.join()
+
+
+def test_numbers_of_numpy_are_settings_too(tmp_path):
+    def fit(folder=None, kind=lambda value: value):
+        loop = sf.Loop(loader(), kind(3), loss=loss_of, lr=kind(0.25), seed=kind(4))
+        options = {"k": kind(300), "seed": kind(3), "l1": kind(0.5), "eps": kind(0.0)}
+        return sf.LotteryTicket(Net(), **options, iterations=kind(2)).fit(loop, folder)
+
+    def of_numpy(value):
+        return np.int64(value) if isinstance(value, int) else np.float32(value)
+
+    equal(fit(tmp_path / "a", of_numpy), fit())
+    assert fit(tmp_path / "a").meta["recipe"]["l1"] == 0.5
+
+
 def test_what_else_lies_in_the_folder_stays(tmp_path):
-    for name in ("notes.txt", "model-1.safetensors", "run-1.safetensors", ".abc.tmp"):
+    mine = [
+        *("notes.txt", "model-1.safetensors", "run-de-1.safetensors", "run-best-3.safetensors"),
+        *("run-state-0123abcd-1.safetensors", ".0123456789abcdef.tmp"),
+    ]
+    for name in mine:
         (tmp_path / name).write_text("mine")
     persistently(tmp_path, lambda: Plain(loader()), lives=[5], save_every=2)
-    for name in ("notes.txt", "model-1.safetensors", "run-1.safetensors", ".abc.tmp"):
+    for name in mine:
         assert (tmp_path / name).read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [*mine, "run.json", "sft.safetensors"]
+    )
+
+
+def test_a_fresh_run_leaves_the_one_before_until_it_has_begun(tmp_path):
+    persistently(tmp_path, lambda: Plain(loader(), steps=2))
+    before = (tmp_path / "run.json").read_bytes()
+    run = runs.Run(tmp_path, {"other": 1}, fresh=True)
+    assert run.progress == {}
+    run.close()
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_one_file_of_best_weights_at_a_time(tmp_path):
+    """Besides the one that the stored state names."""
+    seen = []
+
+    def train(phase):
+        optimizer = phase.optimizer(lr=1e-2)
+        for batch in phase.batches(loader(), steps=8):
+            loss_of(phase.model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert phase.offer(-phase.step)
+            seen.append(len(list(tmp_path.glob("run-best-*"))))
+
+    sf.LotteryTicket(Net(), k=300).fit(train, tmp_path, save_every=4)
+    assert seen == [1, 1, 1, 1, 2, 2, 2, 2] * 2
 
 
 def test_an_sft_that_no_run_made_is_not_replaced(tmp_path):
