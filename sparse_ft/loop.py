@@ -88,7 +88,8 @@ class Loop:
     Args:
         batches: A `DataLoader` or another re-iterable of batches, or a function `(phase) -> one`.
             If it has `active(model, batch)`, as a `MultiSource` has, each batch is run inside that
-            context. If it has `settings`, a run that is resumed must have the same.
+            context. If it has `settings`, a run that is resumed must have the same;
+            if it has `trained_on`, the result's metadata do.
         full: Length of the full phase; a number is steps.
         sparse: Length of the sparse phase; default: as the full one.
         loss: `(model, batch) -> scalar`; default: `model(**batch).loss`, with the batch moved to
@@ -215,10 +216,8 @@ class Loop:
 
     @property
     def trained_on(self) -> list[dict[str, Any]]:
-        """The sources' SFTs, as the metadata of the result name them."""
-        deltas = getattr(self.batches, "deltas", None) or {}
-        ids = dict.fromkeys(d.content_id for d in deltas.values() if d is not None)
-        return [{"id": content_id, "alpha": 1.0} for content_id in ids]
+        """What the batches say of the SFTs below, for the metadata of the result."""
+        return list(getattr(self.batches, "trained_on", ()))
 
     @staticmethod
     def _pair(value: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -78,6 +78,7 @@ def test_length_is_the_references_rule(examples, batch, accumulate, epochs, leas
 
 
 @given(st.integers(1, 500), st.integers(1, 5000), st.integers(1, 8))
+@example(29, 100, 1)
 def test_parts_of_an_epoch_are_rounded_down(hundredths, batches, accumulate):
     exact = Fraction(hundredths * batches, 100 * accumulate)
     found = sf.Length(epochs=hundredths / 100).resolve(batches / accumulate)
@@ -316,30 +317,34 @@ def test_data_without_a_length():
         ticket().fit(loop(batches=batches, full=sf.Length(epochs=1)))
 
 
-def test_sources_are_settings_and_part_of_the_result(tmp_path):
-    """A run goes on only with the same sources; its result names their SFTs."""
-    model = Net()
-    chosen = sf.select(model, k=20, criterion="random")
-    delta = sf.SparseDelta.from_compact(chosen, torch.full((20,), 0.1))
+def test_what_batches_say_of_themselves(tmp_path):
+    """Their settings are those of the run, and what was below is in the result."""
+    below = [{"id": "0" * 64, "alpha": 1.0}]
+
+    class Sources(list):
+        trained_on = below
+
+        def __init__(self, seed):
+            super().__init__(noisy(rows()[4 * i : 4 * i + 4]) for i in range(3))
+            self.settings = {"seed": seed}
+
+    found = ticket().fit(loop(batches=Sources(1)), tmp_path)
+    assert found.meta["trained_on"] == below
+    with pytest.raises(ValueError, match=r"training\.batches\.seed was 1 and is 2"):
+        ticket().fit(loop(batches=Sources(2)), tmp_path)
+
+
+def test_the_loaders_of_sources_come_back():
     generator = torch.Generator().manual_seed(5)
     before = generator.get_state()
-    own = DataLoader(
-        [dict(zip("xy", row, strict=True)) for row in rows()], 4, shuffle=True, generator=generator
-    )
+    items = [dict(zip("xy", row, strict=True)) for row in rows()]
+    own = DataLoader(items, 4, shuffle=True, generator=generator)
 
-    def fit(**settings):
-        batches = sf.MultiSource({"a": own, "b": own}, {"a": delta})
-        if settings:
-            batches.settings = settings
-        run = loop(batches=batches, full=3, loss=lambda model, b: loss_of(model, (b["x"], b["y"])))
-        return ticket(model).fit(run, tmp_path)
+    def loss(model, batch):
+        return loss_of(model, (batch["x"], batch["y"]))
 
-    found = fit(seed=1)
-    assert found.meta["trained_on"] == [{"id": delta.content_id, "alpha": 1.0}]
+    ticket().fit(loop(batches=sf.MultiSource({"a": own, "b": own}), full=3, loss=loss))
     assert torch.equal(generator.get_state(), before)
-    assert fit(seed=1) == found
-    with pytest.raises(ValueError, match=r"training\.batches\.seed was 1 and is 2"):
-        fit(seed=2)
 
 
 def test_batches_that_bring_a_context():
