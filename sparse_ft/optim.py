@@ -73,8 +73,9 @@ class MaskedAdamW(torch.optim.Optimizer):
     The update is that of `torch.optim.AdamW` (decoupled decay, bias correction, ε outside the
     square root), in fp32 whatever the data type of the weights. The state of an entry is its
     distance δ from the start, and two moments: 12 bytes for each selected entry, nothing for the
-    rest; θ0 and, with clipping or hooks, the compact gradient lie beside it: 16 to 20 in all. The weight is always round(θ0 + δ), so δ is the sparse fine-tuning φ itself, without a
-    subtraction at the end.
+    rest; θ0 and, with clipping or hooks, the compact gradient lie beside it: 16 to 20 in all. The
+    weight is always round(θ0 + δ), so δ is the sparse fine-tuning φ itself, without a subtraction
+    at the end.
 
     A trainable parameter outside the layout of the support is a *head*: all of it is tuned, by the
     same rule. A parameter without a gradient counts as one with gradient 0.

@@ -155,6 +155,15 @@ def test_settings_of_the_shell_reach_the_recipe(there, tmp_path):
 # --- stopped runs -------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_thread():
+    """As many threads here as in a process of its own: torch's sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_ctrl_c_says_how_to_continue(there, tmp_path, monkeypatch):
     command = ner(there, tmp_path / "x.safetensors", "--save-every", 2)
     loss, calls = TASKS["tokens"].loss, []
@@ -179,14 +188,18 @@ def test_ctrl_c_says_how_to_continue(there, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_command_continues_to_the_same_bits(there, tmp_path):
+def test_a_killed_command_continues_to_the_same_bits(there, tmp_path, one_thread):
     steps = ["--steps", "60,60", "--save-every", 1]
     command = [*ner(there, tmp_path / "x.safetensors"), *steps]
     whole = [*ner(there, tmp_path / "whole.safetensors"), *steps[:2]]
     for phase in ("full", "sparse"):
         process = subprocess.Popen(
             [sys.executable, "-m", "sparse_ft", *map(str, command)],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+                "OMP_NUM_THREADS": "1",
+            },
         )
         state = tmp_path / "x.run" / "run.json"
         at = None
