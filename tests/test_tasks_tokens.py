@@ -1,5 +1,7 @@
 """Token classification: first pieces, windows, unreadable words, labels, and that models learn."""
 
+import json
+import shutil
 from itertools import pairwise
 
 import hypothesis
@@ -244,3 +246,13 @@ def test_errors(bases):
         TASK(metric="uas")
     with pytest.raises(ValueError, match="scheme is 'BIO'"):
         TASK(scheme="BIO")
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer"])
+def test_tokenizers_of_decoders_take_words(bases, tmp_path, kind):
+    """That of GPT-2 may refuse words; that of Llama takes them, and may refuse to be told."""
+    folder = shutil.copytree(bases["llama"], tmp_path / "base")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": kind}))
+    tokenizer = load_tokenizer(folder, words=True)
+    assert len(Words(tokenizer).readable(["cat", "mat"], "here")[1]) == 2
