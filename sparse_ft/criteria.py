@@ -157,6 +157,11 @@ def as_criterion(what: str | Criterion | Score) -> Criterion:
         return what
     if isinstance(what, str):
         if what not in CRITERIA:
+            if what in ("gradient", "fisher", "snip"):
+                raise ValueError(
+                    f"select: criterion {what!r} needs scores: pass criteria.{what}("
+                    f"criteria.calibrate(model, batches, loss, kind={what!r}))"
+                )
             raise ValueError(
                 f"select: unknown criterion {what!r}; there are {', '.join(sorted(CRITERIA))} by "
                 "name, or pass one of sparse_ft.criteria, or a function"

@@ -50,6 +50,11 @@ class Length:
             value = getattr(self, field.name)
             if value is not None and (isinstance(value, bool) or not value > 0):
                 raise ValueError(f"Length: {field.name} must be positive, got {value!r}")
+            if value is not None and field.name != "epochs" and value != int(value):
+                raise ValueError(
+                    f"Length: {field.name} counts optimizer steps and must be whole, got "
+                    f"{value!r}; passes over the data are epochs"
+                )
         if self.steps is not None and self.epochs is not None:
             raise ValueError("Length: give steps or epochs, not both")
         if self.steps is None and self.epochs is None and self.max_steps is None:
@@ -265,6 +270,11 @@ class Loop:
             with contextlib.nullcontext() if active is None else active(model, batch):
                 with self._autocast(device):
                     loss = loss_of(model, batch)
+                if loss.numel() != 1:
+                    raise ValueError(
+                        f"Loop: loss must be one number, got shape {tuple(loss.shape)}; take its "
+                        "mean over the batch"
+                    )
                 scaler.scale(loss / self.accumulate).backward()
             mean += loss.detach()
             added += 1

@@ -100,7 +100,8 @@ def resolve_k(k: int | None, density: float | None, numel: int) -> int:
     if isinstance(density, bool) or not isinstance(density, (int, float)):
         raise ValueError(f"density must be a number in (0, 1], got {density!r}")
     if not (0.0 < density <= 1.0):
-        raise ValueError(f"density must be in (0, 1], got {density}")
+        hint = f" ({density:g} % is {density / 100:g})" if 1.0 < density <= 100 else ""
+        raise ValueError(f"density must be in (0, 1], got {density}{hint}")
     return max(1, math.floor(density * numel))
 
 

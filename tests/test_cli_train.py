@@ -463,3 +463,15 @@ def test_a_sweep_of_densities(there, tmp_path):
 def test_sweeps_that_cannot_be(there, tmp_path, more, said):
     assert re.search(said, refused(swept(tmp_path / "new", there, *more)))
     assert not (tmp_path / "new").exists()
+
+
+def test_help_groups_the_options(there):
+    shown = run(there, "train", "task", "-h").output
+    assert "Recipe: settings over those of the preset" in shown
+    assert "─ Run ─" in shown
+    assert "─ Run ─" not in run(there, "evaluate", "-h").output
+
+
+def test_messages_name_what_the_shell_has(there, tmp_path):
+    said = refused(run(there, *ner(there, tmp_path / "x.safetensors"), "--density", 2))
+    assert "0.02 for 2 %" in said

@@ -449,3 +449,9 @@ def test_a_criterion_of_ones_own_by_name(monkeypatch):
 
     found = sf.select({"a": torch.ones(4), "b": torch.ones(4)}, k=3, criterion="late")
     assert found.counts() == {"a": 0, "b": 3}
+
+
+@pytest.mark.parametrize("name", ["gradient", "fisher", "snip"])
+def test_criteria_that_need_scores_say_so(name):
+    with pytest.raises(ValueError, match=rf"needs scores: pass criteria.{name}\(criteria.calib"):
+        sf.select(nn.Linear(3, 3), k=2, criterion=name)

@@ -95,6 +95,7 @@ def test_parts_of_an_epoch_are_rounded_down(hundredths, batches, accumulate):
         ({"epochs": -1}, "epochs must be positive, got -1"),
         ({"epochs": float("nan")}, "epochs must be positive, got nan"),
         ({"steps": True}, "steps must be positive"),
+        ({"steps": 1.5}, "must be whole, got 1.5; passes over the data are epochs"),
         ({"epochs": 1, "min_steps": 5, "max_steps": 4}, "min_steps is 5, above max_steps, 4"),
     ],
 )
@@ -720,3 +721,10 @@ def test_with_accelerate(accumulate, tmp_path):
         ticket(model).fit(lambda phase: train(phase, 5 * accumulate), tmp_path, save_every=2)
     torch.manual_seed(8)  # which the stored state replaces
     assert ticket(model).fit(train, tmp_path, save_every=2) == whole
+
+
+def test_a_loss_must_be_one_number():
+    net = nn.Linear(4, 3)
+    loop = sf.Loop([torch.randn(2, 4)], full=1, loss=lambda model, batch: model(batch))
+    with pytest.raises(ValueError, match=r"loss must be one number, got shape \(2, 3\)"):
+        sf.LotteryTicket(net, k=2).fit(loop)

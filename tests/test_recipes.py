@@ -160,7 +160,7 @@ def test_what_changed_is_told_apart():
         ({"full": True, "criterion": "weight"}, "full tunes every entry, without criterion"),
         ({"criterion": "bias", "density": 0.1}, "criterion 'bias' fixes its entries; give nei"),
         ({"steps": 5, "epochs": 1}, "give steps or epochs, not both"),
-        ({"density": 0.0}, r"density must be in \(0, 1\]; found 0.0"),
+        ({"density": 0.0}, r"density must be a share in \(0, 1\], 0.02 for 2 %; found 0.0"),
         ({"density": 1.5}, "density"),
         ({"lr": float("nan")}, "lr must be above 0; found nan"),
         ({"lr": "fast"}, "lr must be above 0; found 'fast'"),

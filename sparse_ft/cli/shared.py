@@ -167,6 +167,7 @@ def worded(message: str, files: Sequence[str] = ()) -> str:
     message = re.sub(r"\b(deltas|weights)\[(\d+)\]", named, message)
     message = message.replace(" to SparseDelta.load", "")
     message = message.replace("fill=True", "--set fill=true")
+    message = re.sub(r"(Load the SFT's own base model), or pass a key_map.*", r"\1.", message)
     message = re.sub(r"rule '(\w+)' needs (\w+)=$", needed, message)
     return _ARGUMENT.sub(option, message)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ app = typer.Typer()
 train = typer.Typer(no_args_is_help=True, help="Train an SFT of a language or of a task.")
 app.add_typer(train, name="train")
 
+PANELS = {"recipe": "Recipe: settings over those of the preset", "run": "Run"}
 STOPPED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
@@ -78,7 +80,11 @@ def _settings(
         float | None, typer.Option(help="Share of the entries to tune, in place of --k.")
     ] = None,
     criterion: Annotated[
-        str | None, typer.Option(help="How entries are selected: magnitude, denoised, random, …")
+        str | None,
+        typer.Option(
+            help="How entries are selected: magnitude, denoised, random, weight, bias, gradient, "
+            "fisher or snip."
+        ),
     ] = None,
     random: Annotated[
         bool, typer.Option("--random", help="RAND-SFT: random entries, and no full phase.")
@@ -89,7 +95,9 @@ def _settings(
             "--full", help="Plain fine-tuning of every entry, to compare with: one phase."
         ),
     ] = False,
-    l1: Annotated[str | None, typer.Option(help=f"λ of the L1 term: {_PAIR}.")] = None,
+    l1: Annotated[
+        str | None, typer.Option(help="λ of the L1 term: one number, or two as below.")
+    ] = None,
     steps: Annotated[str | None, typer.Option(help=f"Optimizer steps: {_PAIR}.")] = None,
     epochs: Annotated[str | None, typer.Option(help=f"Passes over the data: {_PAIR}.")] = None,
     min_steps: Annotated[int | None, typer.Option(help="Fewest steps of a phase.")] = None,
@@ -150,7 +158,10 @@ def _run(
         int, typer.Option(min=1, help="Steps from one saved state to the next.")
     ] = 500,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the new head, the order of the data, dropout, …")
+        int,
+        typer.Option(
+            min=0, help="What the new head, the order of the data and dropout are drawn from."
+        ),
     ] = 0,
     device: Device = "auto",
     fresh: Annotated[
@@ -181,7 +192,11 @@ def _with_options(
         shown = dict(inspect.signature(command, eval_str=True).parameters)
         for name, group in groups.items():
             del shown[name]
-            shown |= inspect.signature(group, eval_str=True).parameters
+            for key, p in inspect.signature(group, eval_str=True).parameters.items():
+                # A copy: other commands have the option among their own.
+                option = copy.copy(p.annotation.__metadata__[0])
+                option.rich_help_panel = PANELS[name]
+                shown[key] = p.replace(annotation=Annotated[p.annotation.__origin__, option])
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in shown.values()]
 
         def run(**given: Any) -> None:
@@ -308,7 +323,7 @@ def task(
 @train.command()
 def presets(as_json: Json = False) -> None:
     """List the recipes: those of the paper and of its scripts, and ours."""
-    from sparse_ft.tasks.recipes import RECIPES
+    from sparse_ft.tasks.recipes import DEFAULTS, RECIPES
 
     if as_json:
         print_json({name: {"task": r.task, **r.to_dict()} for name, r in RECIPES.items()})
@@ -317,7 +332,7 @@ def presets(as_json: Json = False) -> None:
         batch = f"{r.accumulate} × {r.batch_size}" if r.accumulate > 1 else r.batch_size
         size = f"density {r.density}" if r.k is None else f"K {r.k:,}"
         ours = f"left open there, so ours: {', '.join(r.unstated)}" if r.unstated else ""
-        chosen = "the last state" if r.evaluate_every is None else r.metric
+        chosen = "the last state counts" if r.evaluate_every is None else f"best by {r.metric}"
         parts = [
             r.task,
             size,
@@ -328,7 +343,9 @@ def presets(as_json: Json = False) -> None:
             chosen,
             ours,
         ]
-        typer.echo(f"{name} ({r.origin}): {r.about}")
+        kinds = [kind for kind, default in DEFAULTS.items() if default == name]
+        default = f" [default of {', '.join(kinds)}]" if kinds else ""
+        typer.echo(f"{name} ({r.origin}): {r.about}{default}")
         print_folded("    ", "; ".join(str(part) for part in parts if part))
 
 
@@ -605,8 +622,9 @@ def _training_errors(run: Path | None = None, fresh: bool = False) -> Iterator[N
         fail(f"{said}; a smaller --batch-size with a larger --accumulate needs less")
     except KeyboardInterrupt:
         command = "the same command, without --fresh," if fresh else "the same command"
-        said = f"; {command} continues from {run}" if run and run.exists() else ""
-        note(f"stopped{said}")
+        stored = run is not None and (run / "run.json").exists()
+        said = f"{command} continues from {run}" if stored else "nothing has been stored yet"
+        note(f"stopped; {said}")
         raise typer.Exit(STOPPED) from None
 
 
@@ -615,7 +633,9 @@ def _length(r: Recipe) -> str:
     full, sparse = r.steps or r.epochs or (0, 0)
     said = f"{full:g}" if full == sparse else f"{full:g}, {sparse:g}"
     said += " steps" if r.steps else " epochs"
-    if r.min_steps and r.max_steps:
+    if r.min_steps and r.min_steps == r.max_steps:
+        said += f", that is {r.min_steps:,} steps"
+    elif r.min_steps and r.max_steps:
         said += f", {r.min_steps:,} to {r.max_steps:,} steps"
     return said
 

@@ -260,7 +260,7 @@ def check_length(tokenizer: Any, max_length: int, least: int = 1, pair: bool = F
     if max_length > tokenizer.model_max_length:
         raise ValueError(
             f"max_length is {max_length}; the tokenizer says that the model reads at most "
-            f"{tokenizer.model_max_length} pieces"
+            f"{tokenizer.model_max_length} pieces; set max_length to that, or to less"
         )
     if max_length < special + least:
         raise ValueError(

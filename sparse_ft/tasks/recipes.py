@@ -224,7 +224,7 @@ _SAID_WHOLE = "a whole number of at least 1"
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("k", "iterations", "min_steps", "max_steps"), (_SAID_WHOLE, _whole)),
     **dict.fromkeys(("batch_size", "accumulate", "max_length"), (_SAID_WHOLE, _whole)),
-    "density": ("in (0, 1]", lambda x: _number(x) and 0 < x <= 1),
+    "density": ("a share in (0, 1], 0.02 for 2 %", lambda x: _number(x) and 0 < x <= 1),
     "criterion": ("the name of a criterion", lambda x: isinstance(x, str)),
     "criterion_options": ("a mapping", lambda x: isinstance(x, Mapping)),
     "options": ("a mapping", lambda x: isinstance(x, Mapping)),
