@@ -45,7 +45,7 @@ def ner(there, output, settings=None, **options):
     options = {"valid": there / "test.conll", "name": "ner", **options}
     return train(
         options.pop("data", there / "train.conll"),
-        there / "bert",
+        options.pop("base", there / "bert"),
         output,
         recipe=recipe("lt-sft-ner", **{**given, **(settings or {})}),
         **options,
@@ -320,23 +320,25 @@ def test_what_only_names_the_result_is_no_other_run(there, tmp_path, monkeypatch
 
 
 def test_several_sources(there, tmp_path):
+    # So loud that a head of few steps scores another accuracy with it than without.
+    sw = sf.merge([sf.SparseDelta.load(there / "sw.safetensors")], weights=[5.0])
+    sw.save(there / "loud.safetensors")
     (there / "sources.json").write_text(
         json.dumps(
             {
-                "sw": {"data": "test.conll", "valid": "train.conll", "sft": "sw.safetensors"},
+                "sw": {"data": "test.conll", "valid": "train.conll", "sft": "loud.safetensors"},
                 "en": {"data": ["train.conll"], "repeat": 2},
             }
         )
     )
     sources = read_sources(there / "sources.json")
     assert sources["en"] == Source((str(there / "train.conll"),), repeat=2)
-    settings = {"metric": "accuracy", "steps": (4, 30)}
+    settings = {"metric": "accuracy"}
     made = ner(there, tmp_path / "x.safetensors", settings, data=sources, valid=None)
-    sw = sf.SparseDelta.load(there / "sw.safetensors")
     assert made.delta.meta["trained_on"] == [{"id": sw.content_id, "alpha": 1.0}]
     assert set(made.delta.meta["recipe"]["data"]) == {"sw", "en"}
     # Evaluated with the SFT of its source on it.
-    langs = [there / "sw.safetensors", None]
+    langs = [there / "loud.safetensors", None]
     rows = evaluate(there / "bert", made.path, there / "train.conll", langs=langs)
     assert rows[0]["accuracy"] == pytest.approx(made.phases[-1]["best"], abs=1e-12)
     assert rows[1]["accuracy"] != rows[0]["accuracy"]
@@ -586,3 +588,23 @@ def test_a_loss_that_is_no_number_stops_the_run(there, tmp_path, monkeypatch):
     assert ner(there, tmp_path / "x.safetensors", save_every=2).delta.content_id == (
         whole.delta.content_id
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"vocab_size": 20}, r"gives the piece \d+, and the model has 20 embeddings"),
+        ({"max_position_embeddings": 9}, "the model has 9 positions; set max_length to at most 9"),
+    ],
+)
+def test_data_that_the_model_cannot_read(there, tmp_path, config, said):
+    """A tokenizer of another model, and one that knows no limit: on a GPU it would just die."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    base = bert_folder(tmp_path / "bert")
+    other = BertConfig.from_pretrained(base)
+    other.update(config)
+    BertForMaskedLM(other).save_pretrained(base)
+    with pytest.raises(RunError, match=said):
+        ner(there, tmp_path / "x.safetensors", base=base, sft=None)
+    assert not (tmp_path / "x.safetensors").exists()

@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import criteria
@@ -35,11 +36,9 @@ from ..sources import MultiSource
 from ..sweep import from_full, made_with
 from ..tiles import Layout
 from . import TASKS, Examples, Task, held_out
+from .lm import Blocks
 from .recipes import Recipe
 from .recipes import recipe as preset
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = ["RunError", "Source", "Trained", "evaluate", "read_sources", "train"]
 
@@ -190,7 +189,10 @@ def train(
     if full_model is not None and chosen.iterations > 1:
         raise RunError("full_model is of one full phase; iterations have several")
     told = _told(chosen, lang, name, license, plan.deltas)
-    model = task.build(base, plan.labels, seed=seed).to(_device(device))
+    model = task.build(base, plan.labels, seed=seed)
+    for p in plan.prepared.values():
+        _check_reach(model, (p.train, p.valid))
+    model = model.to(_device(device))
     told["base"] = _origin(base, model)
     # A mistake in the metadata must not show after days of training.
     told = checked_meta(told, Layout((), ()), ())
@@ -458,6 +460,42 @@ def _prepare(
 
     record = {"train": _described(examples)} | ({"valid": _described(valid)} if valid else {})
     return _Prepared(features(examples), features(valid), valid, record)
+
+
+def _check_reach(model: nn.Module, parts: Iterable[Sequence[dict[str, Any]]]) -> None:
+    """Refuses data that a model cannot read: on a GPU it would die without a word.
+
+    Raises:
+        RunError: A piece has no embedding, or a sequence is longer than the table of positions.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = embedding.weight.shape[0] if embedding is not None else None
+    # Positions of RoBERTa begin after that of padding, those of BART after an offset.
+    room = [
+        module.num_embeddings
+        - int(getattr(module, "offset", 0))
+        - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and name.endswith(("position_embeddings", "embed_positions", "wpe"))
+    ]
+    for features in parts:
+        if isinstance(features, Blocks):
+            longest = min(features.length, len(features.pieces))
+            largest = int(features.pieces.max())
+        else:
+            longest = max((len(f["input_ids"]) for f in features), default=0)
+            largest = max((max(f["input_ids"]) for f in features), default=0)
+        if rows is not None and largest >= rows:
+            raise RunError(
+                f"the tokenizer gives the piece {largest}, and the model has {rows:,} "
+                "embeddings; they are not of one model"
+            )
+        if room and longest > min(room):
+            raise RunError(
+                f"a sequence has {longest} pieces, and the model has {min(room)} positions; set "
+                f"max_length to at most {min(room)}"
+            )
 
 
 def _described(examples: Examples) -> dict[str, Any]:
@@ -766,7 +804,9 @@ def evaluate(
     examples = [_examples(task, path, "test", reading) for path in paths]
     length = recorded.get("max_length", Recipe.max_length) if max_length is None else max_length
     features = [task.encode(e, tokenizer, int(length), labels=labels) for e in examples]
-    model = task.build(base, labels).to(where)
+    model = task.build(base, labels)
+    _check_reach(model, features)
+    model = model.to(where)
     if recorded.get("decouple"):
         decouple_output_embeddings(model)
     heads = [delta] if delta.heads else []
