@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from sparse_ft_kernels import build
 
@@ -71,6 +72,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` gives NaN (integers: the largest), so that an output left unwritten cannot
     pass.
     """
+    # torch looks once for the functions that a device context, such as meta, changes: these must be
+    # torch's own.
+    _device_constructors()
     empty = torch.empty
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
