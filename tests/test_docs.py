@@ -131,3 +131,63 @@ def test_proofs_are_there():
     for file, test in named:
         text = (ROOT / "tests" / file).read_text("utf-8")
         assert re.search(rf"^def {test}\(", text, re.MULTILINE), f"{file} has no {test}"
+
+
+def test_blocks_on_files_of_others_run(tmp_path, monkeypatch):
+    """exchange.md from its second block on, legacy-format.md and overlap.md."""
+    pytest.importorskip("matplotlib")
+    import numpy as np
+    from safetensors.torch import load_file, save_file
+
+    import sparse_ft as sf
+    from sparse_ft import legacy
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Tiny()
+    theta0 = sf.snapshot(model)
+    with torch.no_grad():
+        model.hidden.weight[:4] += 0.1 * torch.randn(4, 40)
+    eligible = {"hidden.weight": theta0["hidden.weight"]}
+    delta = sf.SparseDelta.between(eligible, {"hidden.weight": model.hidden.weight.detach()})
+    theta0.restore(model)
+    (tmp_path / "org-model-folder").mkdir()
+    save_file(dict(model.state_dict()), "org-model-folder/model.safetensors")
+
+    shira, patch, write_back = blocks(ROOT / "docs" / "exchange.md")[1:]
+    names = {"delta": delta, "model": model}
+    exec(compile(shira, "exchange.md", "exec"), names)
+    assert names["delta"].indices("hidden.weight").tolist() == list(range(160))
+    names["delta"] = delta
+    exec(compile(patch, "exchange.md", "exec"), names)
+    weight, name = model.hidden.weight.detach().clone(), "hidden.weight"
+    exec(
+        compile(write_back, "exchange.md", "exec"),
+        {"weight": weight, "name": name, "patch": load_file("update.safetensors")},
+    )
+    with sf.compose(model, delta):
+        assert torch.equal(weight, model.hidden.weight)
+
+    for folder in ("xlmr-lang-sft-sw-small", "for-composable-sft"):
+        (tmp_path / folder).mkdir()
+    legacy.write(delta, "xlmr-lang-sft-sw-small")
+    read, positions = blocks(ROOT / "docs" / "legacy-format.md")
+    exec(compile(read, "legacy-format.md", "exec"), {"model": model})
+    assert torch.equal(sf.SparseDelta.load("swahili.safetensors").val, delta.val)
+    assert (tmp_path / "for-composable-sft" / "pytorch_diff.bin").exists()
+    found = {"np": np, "index_steps": [np.int64(3), 5, 40], "size": (40, 40)}
+    exec(compile(positions, "legacy-format.md", "exec"), found)
+    # The first dimension varies fastest: 3, 8 and 48 = 8 + 40 · 1.
+    assert [axis.tolist() for axis in found["coordinates"]] == [[3, 8, 8], [0, 0, 1]]
+
+    (compare,) = blocks(ROOT / "docs" / "overlap.md")
+    exec(compile(compare, "overlap.md", "exec"), dict.fromkeys(("swahili", "hausa", "ner"), delta))
+    assert {p.name for p in tmp_path.glob("*.png")} == {"overlap.png", "layers.png"}
+
+
+def test_every_page_with_python_runs_somewhere():
+    """A page that gets its first block of Python needs a test that runs it."""
+    tests = "".join(p.read_text("utf-8") for p in (ROOT / "tests").glob("*.py"))
+    for path in DOCUMENTS:
+        if blocks(path):
+            assert f'"{path.name}"' in tests or f'"docs/{path.name}"' in tests, path.name
