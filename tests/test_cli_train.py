@@ -258,7 +258,7 @@ def damaged(there):
     [
         (["--preset", "lt-sft-pso"], "there is no preset 'lt-sft-pso'; did you mean lt-sft-pos?"),
         (["--preset", "lt-sft-nli"], "preset lt-sft-nli is for sequences; for tokens: lt-sft-pos"),
-        (["--density", 2], "density must be in (0, 1]; found 2.0"),
+        (["--density", 2], "density must be a share in (0, 1], 0.02 for 2 %; found 2.0"),
         (["--density", 0.1, "-k", 5], "give k or density, not both"),
         (["--steps", "3,x"], "steps must be one number, or one for the full and one for"),
         (["--criterion", "luck"], "there is no criterion 'luck'; there are bias"),
