@@ -57,7 +57,7 @@ def quickstart(
     Trains on real text a language SFT (unlabelled, in the target language) and a task SFT
     (labelled, in English), composes them, and prints what they achieve in the target language.
     Two tasks share the language SFTs: intents (one label a sentence) and slots (one a word).
-    Takes under six minutes on two cores.
+    Takes about six minutes on two cores.
     """
     try:
         from sparse_ft.quickstart import QuickstartError, run
