@@ -7,7 +7,6 @@ Scores are computed tensor by tensor, and of them only the candidates for the K 
 from __future__ import annotations
 
 import math
-import random as python_random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +22,7 @@ from sparse_ft_kernels import select_random, select_topk
 from .delta import SparseDelta
 from .denoise import check_options, denoise
 from .families import backbone, named_parameters
+from .kept import modes_kept, random_state_kept
 from .tiles import Layout, Support
 from .topk import TopK
 
@@ -575,12 +574,10 @@ def _untouched(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Iterator
     parameters = named_parameters(model)
     trainable = {name: p.requires_grad for name, p in parameters.items()}
     grads = {name: p.grad for name, p in parameters.items()}
-    modes = [(module, module.training) for module in model.modules()]
     # Buffers may be written to, or be replaced.
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    python, numpy = python_random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with modes_kept(model), random_state_kept():
         try:
             for name, parameter in parameters.items():
                 parameter.grad = None
@@ -591,8 +588,6 @@ def _untouched(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Iterator
             for name, parameter in parameters.items():
                 parameter.requires_grad_(trainable[name])
                 parameter.grad = grads[name]
-            for module, training in modes:
-                module.training = training
             for module, held in buffers:
                 module._buffers.clear()
                 module._buffers.update(held)
@@ -600,8 +595,6 @@ def _untouched(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Iterator
                 for buffer, value in values:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
-            python_random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def embedding_names(model: nn.Module) -> frozenset[str]:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .kept import modes_kept, random_state_kept
 from .lottery import Phase
 from .phases import GATHER
-from .runs import random_state_kept
 
 __all__ = ["Length", "Loop"]
 
@@ -342,15 +342,10 @@ class Loop:
     def _evaluate(self, phase: Phase) -> None:
         assert self.evaluate is not None
         model = phase.model
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            # Training draws the same, however often it is interrupted by this.
-            with torch.no_grad(), random_state_kept():
-                found = self.evaluate(model)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        # Training draws the same, however often it is interrupted by this.
+        with modes_kept(model), torch.no_grad(), random_state_kept():
+            model.eval()
+            found = self.evaluate(model)
         scores = dict(found) if isinstance(found, Mapping) else {self.metric or "score": found}
         metric = self.metric or (next(iter(scores)) if len(scores) == 1 else None)
         if metric not in scores:

@@ -23,9 +23,10 @@ from .criteria import Criterion, Score, as_criterion
 from .delta import SparseDelta
 from .families import aliases, named_parameters, unusable
 from .files import FILE_NAME
+from .kept import modes_kept, random_state, set_random_state
 from .metadata import checked_meta
 from .phases import Learnt, Phase, Shared, TrainingDiverged, cloned, entries, write
-from .runs import Run, random_state, set_random_state
+from .runs import Run
 from .select import Eligible, Entries, _union, eligible_parameters, resolve_k, select
 from .snapshot import Snapshot
 from .tiles import Layout, Support
@@ -225,7 +226,8 @@ class LotteryTicket:
                 return self._finished(run.folder, meta)
             if run is not None and not run.progress and not fresh:
                 _check_free(run.folder)
-            return self._kept(train, Shared(run, save_every, progress), meta)
+            with modes_kept(self.model):
+                return self._kept(train, Shared(run, save_every, progress), meta)
         finally:
             if run is not None:
                 run.close()
@@ -247,10 +249,9 @@ class LotteryTicket:
     def _kept(
         self, train: Callable[[Phase], Any], shared: Shared, meta: dict[str, Any]
     ) -> SparseDelta:
-        """Runs the phases; model, modes and random state are as they were afterwards."""
+        """Runs the phases; model and random state are as they were afterwards."""
         model = self.model
         drawn = random_state()
-        modes = {module: module.training for module in model.modules()}
         self._tuned = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self._buffers = {module: dict(module._buffers) for module in model.modules()}
         # In a new process heads are drawn anew, so the run brings its own.
@@ -265,8 +266,6 @@ class LotteryTicket:
         finally:
             if mine is not None:
                 self._put(mine)
-            for module, mode in modes.items():
-                module.training = mode
             shared.rewind()
             self._tuned, self._buffers = {}, {}
             set_random_state(drawn)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from sparse_ft_kernels import anchor_l1_
 
 from .families import named_parameters
+from .kept import random_state, set_random_state
 from .optim import MaskedAdamW
-from .runs import Run, random_state, set_random_state
+from .runs import Run
 from .tiles import Support
 
 if TYPE_CHECKING:

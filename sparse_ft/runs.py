@@ -13,23 +13,21 @@ import errno
 import json
 import math
 import os
-import random
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checkpoints import read_json, write_json, write_safetensors
 from .files import SFTFileError, canonical, parse_json
 
-__all__ = ["Run", "random_state", "random_state_kept", "set_random_state"]
+__all__ = ["Run", "differences"]
 
 NAME = "run.json"
 FORMAT = {"format": "sparse_ft.run", "version": 1}
@@ -39,41 +37,6 @@ _ID = re.compile(r"[0-9a-f]{8}")
 WAIT = 10.0
 # Beside the tensors: names, the tree, the directory's own blocks.
 _SLACK = 1 << 20
-
-
-# --- random state -------------------------------------------------------------------------------
-
-
-def random_state() -> dict[str, Any]:
-    """The state of the generators that training draws from: Python's, NumPy's, torch's, CUDA's."""
-    kind, key, *rest = np.random.get_state()  # noqa: NPY002  (what data collators draw from)
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(key).tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        # A device that was never used has drawn nothing.
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts a `random_state` back."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(value, device)
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Whatever is drawn inside counts as not drawn."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
 
 
 # --- trees of tensors ---------------------------------------------------------------------------
@@ -229,7 +192,7 @@ class Run:
             # Under the same number, so that the old files go once there are new ones.
             self._id, self._committed = document["id"], set(document["files"].values())
             return
-        if changes := _differences(document["settings"], self._settings):
+        if changes := differences(document["settings"], self._settings):
             raise ValueError(
                 f"{self.folder}: holds a run with other settings: {'; '.join(changes[:5])}"
                 + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
@@ -370,12 +333,12 @@ def _plain(tree: Any) -> Any:
     return tree
 
 
-def _differences(stored: Any, given: Any, at: str = "") -> list[str]:
+def differences(stored: Any, given: Any, at: str = "") -> list[str]:
     """What differs between two JSON documents, one line each."""
     if isinstance(stored, dict) and isinstance(given, dict):
         out = []
         for key in sorted(stored.keys() | given.keys()):
-            out += _differences(stored.get(key), given.get(key), f"{at}.{key}" if at else key)
+            out += differences(stored.get(key), given.get(key), f"{at}.{key}" if at else key)
         return out
     if stored == given:
         return []

@@ -23,8 +23,8 @@ from torch.utils.data import IterableDataset
 
 from .delta import SparseDelta
 from .families import named_parameters
+from .kept import random_state_kept
 from .registry import DeltaRegistry
-from .runs import random_state_kept
 
 __all__ = ["MultiSource", "source_of", "sources_on"]
 

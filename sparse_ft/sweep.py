@@ -24,7 +24,7 @@ from .delta import SparseDelta
 from .files import canonical, new_file
 from .lottery import LotteryTicket, Phase
 from .overlap import new_figure
-from .runs import _differences
+from .runs import differences
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -338,7 +338,7 @@ def _check_made(path: Path, settings: Mapping[str, Any]) -> None:
     """
     with safe_open(path, framework="pt") as file:
         stored = json.loads((file.metadata() or {}).get(MADE_BY, "{}"))
-    if changes := _differences(stored, settings):
+    if changes := differences(stored, settings):
         raise ValueError(
             f"{str(path)!r} was tuned with other settings: {'; '.join(changes[:3])}. Use those, "
             "name another folder, or delete the file"

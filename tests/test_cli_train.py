@@ -155,15 +155,6 @@ def test_settings_of_the_shell_reach_the_recipe(there, tmp_path):
 # --- stopped runs -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread():
-    """As many threads here as in a process of its own: torch's sums depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_ctrl_c_says_how_to_continue(there, tmp_path, monkeypatch):
     command = ner(there, tmp_path / "x.safetensors", "--save-every", 2)
     loss, calls = TASKS["tokens"].loss, []

@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,14 +20,7 @@ from sparse_ft.tiles import Layout, Support
 compose_module = sys.modules["sparse_ft.compose"]
 OPS = ("compose_", "swap_")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are too small for more: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Broken:

@@ -16,13 +16,7 @@ from tuned import ELIGIBLE, Net, loss_of, noisy, rows, same, values
 
 import sparse_ft as sf
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def loader(**options):

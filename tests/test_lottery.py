@@ -1,7 +1,6 @@
 """LotteryTicket: full tuning, exact rewind, sparse tuning; the model is given back bit for bit."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,14 +12,7 @@ import sparse_ft as sf
 from sparse_ft import phases
 from sparse_ft_kernels import native
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are too small for more: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Training:

@@ -4,7 +4,6 @@ dense arrays; sets are counted as numpy does.
 
 import copy
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,14 +18,7 @@ from sparse_ft.merge import RULES
 
 SHAPES = {"a": (300, 257), "b": (65_536,), "c": (), "d": (0, 2), "e": (65_537,)}
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are too small for more: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Model(nn.Module):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,14 +21,9 @@ from tuned import Net, loss_of, noisy, rows, same, values
 
 import sparse_ft as sf
 from sparse_ft import runs
+from sparse_ft.kept import random_state
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Killed(BaseException):
@@ -343,9 +337,9 @@ def test_buffers_that_the_forward_pass_makes(kind, tmp_path):
 def test_the_callers_random_state_comes_back():
     model = Net()
     seed(4)
-    state = runs.random_state()
+    state = random_state()
     sf.LotteryTicket(model, k=100).fit(Plain(loader()))
-    after = runs.random_state()
+    after = random_state()
     assert torch.equal(after["torch"], state["torch"])
     assert after["python"] == state["python"]
     assert after["numpy"] == state["numpy"]

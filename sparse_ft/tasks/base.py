@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import unwrapped
+from ..kept import modes_kept
 from . import data
 from .data import DataError, Examples
 from .heads import load_model, load_tokenizer
@@ -225,16 +226,11 @@ def for_model(encoding: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the modes of all modules come back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # Not inference_mode: what a model caches under it, rotary tables say, cannot be trained
-        # with afterwards.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    # Not inference_mode: what a model caches under it, rotary tables say, cannot be trained with
+    # afterwards.
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 def batches(

@@ -27,10 +27,10 @@ from ..compose import compose
 from ..delta import SparseDelta
 from ..families import decouple_output_embeddings, freeze_norms
 from ..files import FILE_NAME
+from ..kept import random_state_kept
 from ..loop import Loop
 from ..lottery import LotteryTicket
 from ..metadata import checked_meta
-from ..runs import random_state_kept
 from ..select import eligible_parameters, resolve_k
 from ..sources import MultiSource
 from ..sweep import from_full, made_with
@@ -210,7 +210,7 @@ def train(
     with _on_sources(model, loaders, plan.deltas, plan.sources, seed) as (batches, on):
         criterion = _criterion(chosen, task, model, batches, seed)
         meta: dict[str, Any] = {
-            **{key: told[key] for key in ("role", "lang", "trained_on") if key in told},
+            **{key: told[key] for key in ("role", "lang") if key in told},
             "recipe": {
                 **chosen.to_dict(),
                 **criterion.recipe(),
@@ -530,9 +530,6 @@ def _told(
     meta: dict[str, Any] = {"role": chosen.role, "lang": lang, "license": license}
     if chosen.role == "task":
         meta["task"] = name or chosen.task
-    if len(deltas) > 1:
-        # Of a single source, `fit` sees what is on the model.
-        meta["trained_on"] = [{"id": delta.content_id, "alpha": 1.0} for delta in on]
     return meta
 
 
