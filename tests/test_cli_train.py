@@ -256,7 +256,7 @@ def damaged(there):
         (["--set", "color=red"], "there is no setting 'color'; there are k, density"),
         (
             ["--option", "foo=1"],
-            "neither the task tokens (options: metric, scheme, tokens, tags, outside)",
+            "neither the task tokens (options: metric, scheme, tokens, tags, outside, unlabelled)",
         ),
         (["--valid", "latin.conll"], "latin.conll, line 1: byte 2 (0xeb) is not UTF-8; convert"),
         (["--valid", "empty.conll"], "empty.conll: holds no sentence"),

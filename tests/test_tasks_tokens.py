@@ -196,6 +196,60 @@ def test_types_that_do_not_count(tmp_path):
         TASK(outside="DATE")
 
 
+def test_unlabelled_words_are_context_and_nothing_else(bases):
+    task = TASK(metric="accuracy", tags="upos", unlabelled=["X", "PUNCT"])
+    rows = [
+        {"tokens": ["the", "cat", "sat", "mat"], "upos": ["DET", "X", "VERB", "PUNCT"]},
+        {"tokens": ["mat", "mat"], "upos": ["X", "PUNCT"]},
+        {"tokens": ["Anna"], "upos": ["PROPN"]},
+    ]
+    examples = Examples(rows, "a.conllu")
+    labels = task.labels(examples)
+    assert labels == sorted({*UPOS} - {"X", "PUNCT"})
+    tokenizer, model = task.tokenizer(bases["bert"]), task.build(bases["bert"], labels)
+    features = task.encode(examples, tokenizer, 16, labels=labels)
+    # A sentence without a label would have no loss; of the others every word is read.
+    assert [f["example"] for f in features] == [0, 2]
+    assert tokenizer.convert_ids_to_tokens(features[0]["input_ids"])[1:-1] == rows[0]["tokens"]
+    wanted = [labels.index("DET"), -100, labels.index("VERB"), -100]
+    assert features[0]["labels"] == [-100, *wanted, -100]
+    said = task.predict(model, features, examples, tokenizer)
+    assert [[bool(tag) for tag in row] for row in said] == [
+        [True, False, True, False],
+        [False, False],
+        [True],
+    ]
+    right = sum((said[0][0] == "DET", said[0][2] == "VERB", said[2][0] == "PROPN"))
+    found = task.evaluate(model, features, examples, tokenizer)
+    assert found == {"accuracy": right / 3, "n": 3}
+    # In windows too, of which some have no word with a label.
+    long = Examples([{"tokens": ["the"] * 20, "upos": ["DET"] + ["X"] * 18 + ["DET"]}])
+    parts = task.encode(long, tokenizer, 8, labels=labels)
+    assert [f["words"] for f in parts] == [[0], [19]]
+    assert task.evaluate(model, parts, long, tokenizer)["n"] == 2
+    with pytest.raises(DataError, match=r"a\.conllu: holds no word with a label"):
+        task.encode(examples.replaced(rows[1:2]), tokenizer, 8, labels=labels)
+    with pytest.raises(ValueError, match="unlabelled is 'X'; it must be a list of labels"):
+        TASK(unlabelled="X")
+
+
+def test_an_entity_ends_at_an_unlabelled_word(bases):
+    task = TASK(unlabelled=("?",))
+    tags = ["B-PER", "I-PER", "?", "I-PER", "O"]
+    examples = Examples([{"tokens": ["Anna", "Omar", "cat", "Omar", "sat"], "tags": tags}])
+    labels = task.labels(examples)
+    assert labels == ["B-PER", "I-PER", "O"]
+    tokenizer, model = task.tokenizer(bases["bert"]), task.build(bases["bert"], labels)
+    features = task.encode(examples, tokenizer, 16, labels=labels)
+    said = ["B-PER", "I-PER", "", "O", "O"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TASK, "predict", lambda *_: [said])
+        found = task.evaluate(model, features, examples, tokenizer)
+    # As in "Anna Omar" and "Omar", of which one was found.
+    assert found == pytest.approx({"accuracy": 0.75, "precision": 1, "recall": 0.5, "f1": 2 / 3,
+                                   "n": 4})  # fmt: skip
+
+
 def test_contractions_of_datasets_are_left_out():
     rows = [{"tokens": ["del", "de", "el", "_"], "upos": ["_", "ADP", "DET", "SYM"]}]
     given = Examples(rows, "ud")

@@ -50,6 +50,8 @@ class TokenClassification(Task):
         tags: The field that holds the labels: "tags" of CoNLL files, "upos" of CoNLL-U.
         outside: Types of entities that count as none: the paper's ("DATE", "MISC") are those that
             one of CoNLL 2003 and MasakhaNER has and the other lacks (LT-SFT, §4.3, footnote 3).
+        unlabelled: Labels of words that are read as context alone, neither learnt nor scored, such
+            as ("X",) where X says that a word's part of speech is not known. An entity ends there.
     """
 
     name: ClassVar[str] = "tokens"
@@ -63,6 +65,7 @@ class TokenClassification(Task):
     tokens: str = "tokens"
     tags: str = "tags"
     outside: Sequence[str] = ()
+    unlabelled: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.metric not in ("f1", "accuracy"):
@@ -71,11 +74,11 @@ class TokenClassification(Task):
             raise ValueError(
                 f"scheme is {self.scheme!r}; it must be one of {', '.join(SCHEMES)}, or none"
             )
-        if isinstance(self.outside, str) or not all(isinstance(x, str) for x in self.outside):
-            raise ValueError(
-                f'outside is {self.outside!r}; it must be a list of types, such as ["DATE"]'
-            )
-        object.__setattr__(self, "outside", tuple(self.outside))  # JSON gives a list
+        for name, such in (("outside", 'types, such as ["DATE"]'), ("unlabelled", 'labels: ["X"]')):
+            given = getattr(self, name)
+            if isinstance(given, str) or not all(isinstance(x, str) for x in given):
+                raise ValueError(f"{name} is {given!r}; it must be a list of {such}")
+            object.__setattr__(self, name, tuple(given))  # JSON gives a list
 
     def checked(self, examples: Examples) -> Examples:
         rows = []
@@ -102,6 +105,7 @@ class TokenClassification(Task):
         found = {tag for example in examples for tag in example[self.tags]}
         if self.tags == "upos":
             found |= {*UPOS}
+        found -= {*self.unlabelled}
         if self.metric == "f1":
             self._check_prefixes(found, source_of(examples))
         if len(found) < 2:
@@ -131,7 +135,7 @@ class TokenClassification(Task):
         features = []
         for i, example in enumerate(examples):
             for tag in example[self.tags]:
-                if tag not in ids:
+                if tag not in ids and tag not in self.unlabelled:
                     hint = f'; outside=["{tag[2:]}"] counts it as none' if tag[1:2] == "-" else ""
                     raise unknown_label(examples, i, tag, labels, hint)
             words, counts = reader.readable(example[self.tokens], where(examples, i))
@@ -139,18 +143,17 @@ class TokenClassification(Task):
                 encoding = reader.encode(words[start:end], max_length)
                 positions = first_pieces(encoding.word_ids())
                 targets = [-100] * len(encoding["input_ids"])
-                for word in range(first, last):
-                    targets[positions[word - start]] = ids[example[self.tags][word]]
-                features.append(
-                    {
-                        **for_model(encoding),
-                        "labels": targets,
-                        "example": i,
-                        "words": range(first, last),
-                    }
-                )
+                tags = example[self.tags]
+                labelled = [w for w in range(first, last) if tags[w] not in self.unlabelled]
+                for word in labelled:
+                    targets[positions[word - start]] = ids[tags[word]]
+                if labelled:  # the mean loss over no word would be NaN
+                    features.append(
+                        {**for_model(encoding), "labels": targets, "example": i, "words": labelled}
+                    )
         if not features:
-            raise DataError(f"{source_of(examples)}: holds no sentence")
+            some = "word with a label" if len(examples) else "sentence"
+            raise DataError(f"{source_of(examples)}: holds no {some}")
         return features
 
     def evaluate(
@@ -162,13 +165,18 @@ class TokenClassification(Task):
         batch_size: int = 32,
     ) -> dict[str, float]:
         predicted = self.predict(model, features, examples, tokenizer, batch_size)
-        gold = [example[self.tags] for example in examples]
-        flat = [tag for tags in gold for tag in tags]
-        scores = {"accuracy": accuracy([tag for tags in predicted for tag in tags], flat)}
+        gold = [
+            ["" if tag in self.unlabelled else tag for tag in example[self.tags]]
+            for example in examples
+        ]
+        said = [tag for row in predicted for tag in row if tag]
+        true = [tag for row in gold for tag in row if tag]
+        scores = {"accuracy": accuracy(said, true)}
         if self.metric == "f1":
-            self._check_prefixes({*flat}, source_of(examples))
-            scores |= entity_f1(predicted, gold, self.scheme)
-        return {**scores, "n": float(len(flat))}
+            self._check_prefixes({*true}, source_of(examples))
+            guess, truth = ([[t or "O" for t in row] for row in rows] for rows in (predicted, gold))
+            scores |= entity_f1(guess, truth, self.scheme)
+        return {**scores, "n": float(len(true))}
 
     def predict(
         self,
@@ -178,7 +186,8 @@ class TokenClassification(Task):
         tokenizer: Any,
         batch_size: int = 32,
     ) -> list[list[str]]:
-        """The label that a model gives to each word of each example; arguments as of `evaluate`."""
+        """The label that a model gives to each word of each example, "" where the word's own is
+        unlabelled; arguments as of `evaluate`."""
         names = head_labels(model)
         device = next(model.parameters()).device
         predicted = [[""] * len(example[self.tokens]) for example in examples]
