@@ -100,6 +100,29 @@ def test_what_is_printed(there):
     assert re.search(r"│ test.conll │ sw +│ +[01]\.\d{4} │", shown)
 
 
+def test_predictions_go_to_a_file(there, tmp_path):
+    path = tmp_path / "said.jsonl"
+    command = ["evaluate", "test.conll", "--base", "bert", "--task", "ner.safetensors"]
+    command += ["--lang", "none", "--lang", "sw.safetensors", "--json", "--predictions", path]
+    result = run(there, *command)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    figures = json.loads(result.stdout)
+    assert not {"gold", "predictions"} & figures[0].keys()
+    for row in figures:
+        mine = [line for line in lines if line["lang"] == row["lang"]]
+        assert [line["index"] for line in mine] == [*range(12)]
+        assert {line["data"] for line in mine} == {"test.conll"}
+        pairs = [p for x in mine for p in zip(x["predicted"], x["gold"], strict=True)]
+        assert sum(a == b for a, b in pairs) / len(pairs) == pytest.approx(row["accuracy"])
+    before = path.read_bytes()
+    assert refused(run(there, *command)) == f"{path} exists; --force replaces it"
+    command[command.index("test.conll")] = "missing.conll"
+    refused(run(there, *command, "--force"))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["said.jsonl"]
+
+
 def test_a_task_alone_with_random_entries_or_all_of_them(there, tmp_path):
     alone = ["train", "task", "tokens", "train.conll", "--base", "bert", *SHORT[2:]]
     result = run(there, *alone, "-o", tmp_path / "r.safetensors", "--random", "-k", 100)

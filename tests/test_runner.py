@@ -403,6 +403,44 @@ def test_the_model_of_evaluation_is_the_sum(there):
     assert other["accuracy"] != row["accuracy"]
 
 
+@pytest.mark.parametrize("preset", KINDS)
+def test_predictions_are_what_is_scored(there, tmp_path, preset):
+    from sklearn.metrics import accuracy_score
+
+    suffix, metric, length = KINDS[preset]
+    options = {"options": {"stride": 4}} if preset == "lt-sft-qa" else {}
+    given = {"max_length": length, "steps": 3, "evaluate_every": None}
+    made = train(
+        *(there / f"train.{suffix}", there / "bert", tmp_path / "x.safetensors"),
+        recipe=recipe(preset, density=0.5, batch_size=8, **given),
+        **options,
+    )
+    arguments = (there / "bert", made.path, there / f"test.{suffix}")
+    (row,) = evaluate(*arguments, predictions=True)
+    gold, said = row.pop("gold"), row.pop("predictions")
+    assert [row] == evaluate(*arguments)
+    assert json.loads(json.dumps(said)) == said
+    assert len(said) == len(gold) == 12
+    if suffix in ("conll", "conllu"):
+        assert [len(words) for words in said] == [len(words) for words in gold]
+        pairs = [p for s, g in zip(said, gold, strict=True) for p in zip(s, g, strict=True)]
+        right = sum(s == g for s, g in pairs) / len(pairs)
+        assert right == pytest.approx(row["las" if metric == "las" else "accuracy"])
+    elif suffix == "json":
+        right = sum(s in g for s, g in zip(said, gold, strict=True)) / 12
+        assert right == pytest.approx(row["exact_match"])
+    else:
+        assert accuracy_score(gold, said) == pytest.approx(row["accuracy"])
+
+
+def test_a_language_predicts_nothing_of_a_line(there):
+    arguments = (there / "bert", there / "sw.safetensors", there / "text.txt")
+    with pytest.raises(RunError, match=r"sw.safetensors: mlm predicts nothing of an example; leav"):
+        evaluate(*arguments, predictions=True)
+    with pytest.raises(TypeError, match="mlm predicts nothing of an example; it is scored by its"):
+        runner.TASKS["mlm"]().predict(None, [], [], None)
+
+
 def test_an_sft_that_records_nothing_is_described(there, tmp_path):
     task = sf.SparseDelta.load(there / "ner.safetensors")
     bare = sf.SparseDelta(task.support, task.val, task.heads, {"base": task.meta["base"]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from .shared import (
     License,
     Mismatch,
     Output,
+    check_output,
     errors,
     fail,
     labels_of,
@@ -385,6 +387,15 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 32,
     device: Device = "auto",
     allow_base_mismatch: Mismatch = False,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A file for what is predicted of each example, one JSON object a line: data, "
+            "lang, index, gold, predicted.",
+        ),
+    ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Score a task in other languages: θ0 + φ of the task + φ of each language."""
@@ -392,6 +403,8 @@ def evaluate(
     with _training_errors():
         from sparse_ft.tasks import runner
 
+        if predictions is not None:
+            check_output(predictions, force)
         rows = runner.evaluate(
             base,
             task,
@@ -405,7 +418,10 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             allow_base_mismatch=allow_base_mismatch,
+            predictions=predictions is not None,
         )
+        if predictions is not None:
+            _write_predictions(rows, predictions)
     if as_json:
         print_json(rows)
     else:
@@ -663,6 +679,18 @@ def _print_trained(trained: Trained, as_json: bool) -> None:
     if trained.phases:
         print_rich(table)
     report(found, False)
+
+
+def _write_predictions(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes what is predicted, and takes it out of the rows."""
+    from sparse_ft.files import new_file
+
+    with new_file("evaluate", str(path)) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        for row in rows:
+            pairs = zip(row.pop("gold"), row.pop("predictions"), strict=True)
+            for i, (gold, predicted) in enumerate(pairs):
+                line = {"data": row["data"], "lang": row["lang"], "index": i}
+                f.write(json.dumps({**line, "gold": gold, "predicted": predicted}) + "\n")
 
 
 def _print_scores(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -155,7 +155,6 @@ class Task(ABC):
         found: Tensor = model(**{key: value.to(device) for key, value in batch.items()}).loss
         return found
 
-    @abstractmethod
     def evaluate(
         self,
         model: nn.Module,
@@ -177,6 +176,43 @@ class Task(ABC):
             Figures by name, shares between 0 and 1; `metric` is among them, and "n", the items
             that they are figures of.
         """
+        return self.score(self.predict(model, features, examples, tokenizer, batch_size), examples)
+
+    def predict(
+        self,
+        model: nn.Module,
+        features: Features,
+        examples: Sequence[dict[str, Any]],
+        tokenizer: Any,
+        batch_size: int = 32,
+    ) -> list[Any]:
+        """What a model says of each example, as JSON holds it; arguments as of `evaluate`.
+
+        Raises:
+            TypeError: The task predicts nothing of an example: what it measures is a loss.
+        """
+        raise self._scored_by_its_loss()
+
+    def gold(self, examples: Sequence[dict[str, Any]]) -> list[Any]:
+        """What is true of each example, in the form of `predict`.
+
+        Raises:
+            TypeError: As `predict`.
+        """
+        raise self._scored_by_its_loss()
+
+    def score(
+        self, predicted: Sequence[Any], examples: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """The figures of `evaluate`, from what `predict` gave.
+
+        Raises:
+            TypeError: As `predict`.
+        """
+        raise self._scored_by_its_loss()
+
+    def _scored_by_its_loss(self) -> TypeError:
+        return TypeError(f"{self.name} predicts nothing of an example; it is scored by its loss")
 
 
 T = TypeVar("T", bound=type[Task])

@@ -321,24 +321,31 @@ class DependencyParsing(Task):
             raise DataError(f"{source_of(examples)}: holds no sentence")
         return features
 
-    def evaluate(
+    def predict(
         self,
         model: nn.Module,
         features: Features,
         examples: Sequence[dict[str, Any]],
         tokenizer: Any,
         batch_size: int = 32,
-    ) -> dict[str, float]:
+    ) -> list[list[list[Any]]]:
+        """[head, relation] of each word of each example, [-1, ""] of one that did not fit;
+        arguments as of `evaluate`.
+
+        Raises:
+            TypeError: The model is no parser.
+        """
         parser = unwrapped(model)
         if not isinstance(parser, BiaffineParser):
             raise TypeError(
-                f"DependencyParsing.evaluate: model must be a BiaffineParser, as build gives it, "
+                f"DependencyParsing.predict: model must be a BiaffineParser, as build gives it, "
                 f"got {type(parser).__name__}"
             )
         names = head_labels(model)
         device = next(model.parameters()).device
-        heads = [[-1] * len(example[self.tokens]) for example in examples]
-        relations = [[""] * len(example[self.tokens]) for example in examples]
+        predicted: list[list[list[Any]]] = [
+            [[-1, ""] for _ in example[self.tokens]] for example in examples
+        ]
         with evaluating(model):
             for chosen, batch in batches(features, self.collate(tokenizer), batch_size, device):
                 del batch["relations"]
@@ -352,8 +359,20 @@ class DependencyParsing(Task):
                 classes = parser.relations(found.words, trees.to(device)).argmax(-1).tolist()
                 for row, i in enumerate(chosen):
                     n, at = len(features[i]["heads"]), features[i]["example"]
-                    heads[at][:n] = trees[row, :n].tolist()
-                    relations[at][:n] = [names[c] for c in classes[row][:n]]
+                    pairs = zip(trees[row, :n].tolist(), classes[row][:n], strict=True)
+                    predicted[at][:n] = [[head, names[c]] for head, c in pairs]
+        return predicted
+
+    def gold(self, examples: Sequence[dict[str, Any]]) -> list[list[list[Any]]]:
+        return [
+            [list(pair) for pair in zip(e[self.heads], e[self.relations], strict=True)]
+            for e in examples
+        ]
+
+    def score(
+        self, predicted: Sequence[Sequence[Sequence[Any]]], examples: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        heads, relations = ([[pair[i] for pair in row] for row in predicted] for i in (0, 1))
         gold = [example[self.relations] for example in examples]
         counted = [
             [self.punctuation or relation.partition(":")[0] != "punct" for relation in row]

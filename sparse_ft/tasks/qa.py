@@ -134,14 +134,15 @@ class QuestionAnswering(Task):
             raise DataError(f"{source_of(examples)}: holds no question")
         return features
 
-    def evaluate(
+    def predict(
         self,
         model: nn.Module,
         features: Features,
         examples: Sequence[dict[str, Any]],
         tokenizer: Any,
         batch_size: int = 32,
-    ) -> dict[str, float]:
+    ) -> list[str]:
+        """The answer that a model gives to each question; arguments as of `evaluate`."""
         device = next(model.parameters()).device
         best: dict[int, tuple[float, str]] = {}
         with evaluating(model):
@@ -156,9 +157,20 @@ class QuestionAnswering(Task):
                     context = examples[example]["context"]
                     found = score, context[offsets[start][0] : offsets[end][1]].strip()
                     best[example] = max(best.get(example, found), found)
-        predicted = {examples[i]["id"]: text for i, (_, text) in best.items()}
-        gold = {example["id"]: [text for _, text in example["answers"]] for example in examples}
-        return {**squad(predicted, gold), "n": float(len(gold))}
+        return [best[i][1] for i in range(len(examples))]
+
+    def gold(self, examples: Sequence[dict[str, Any]]) -> list[list[str]]:
+        """The answers to each question that are right."""
+        return [[text for _, text in example["answers"]] for example in examples]
+
+    def score(
+        self, predicted: Sequence[str], examples: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        names = [example["id"] for example in examples]
+        said, gold = (
+            dict(zip(names, each, strict=True)) for each in (predicted, self.gold(examples))
+        )
+        return {**squad(said, gold), "n": float(len(gold))}
 
 
 def best_spans(

@@ -753,6 +753,7 @@ def evaluate(
     batch_size: int = EVALUATED_AT_ONCE,
     device: str = "auto",
     allow_base_mismatch: bool = False,
+    predictions: bool = False,
 ) -> list[dict[str, Any]]:
     """Scores θ0 + φ_task + weight · φ_language on test data.
 
@@ -772,10 +773,13 @@ def evaluate(
         batch_size: Examples at once; it changes no figure.
         device: Such as "cpu" or "cuda"; "auto": a GPU where there is one.
         allow_base_mismatch: Go on where an SFT was made for another base model.
+        predictions: Tell what is predicted of each example, too.
 
     Returns:
         A record for each pair: "data", "lang" (None for task only), the task's "metric", and its
-        figures by name.
+        figures by name. With `predictions` also "gold" and "predictions", an item an example: a
+        label; a list with the label of each word ("" where it is unlabelled) or its [head,
+        relation]; an answer, and in "gold" the list of all right ones.
 
     Raises:
         RunError, DataError, SFTError: Something does not fit.
@@ -790,6 +794,8 @@ def evaluate(
     labels = _same_labels(said, labels, recorded.get("labels"), task)
     if weight != 1.0 and all(lang is None for lang in langs):
         raise RunError("weight is of the languages' SFTs, and none is given")
+    if predictions and type(task).predict is Task.predict:
+        raise RunError(f"{said}: {task.name} predicts nothing of an example; leave predictions out")
     if task.role == "task" and not delta.heads:
         raise RunError(f"{said}: has no heads, so there is nothing that it could predict")
     paths = [tests] if isinstance(tests, str | os.PathLike) else list(tests)
@@ -813,11 +819,17 @@ def evaluate(
         phi = languages[id(lang)]
         deltas, weights = ([delta], [1.0]) if phi is None else ([delta, phi], [1.0, weight])
         with compose(model, deltas, weights, heads=heads, allow_base_mismatch=allow_base_mismatch):
-            figures = task.evaluate(model, features[i], examples[i], tokenizer, batch_size)
+            found: dict[str, Any]
+            if predictions:
+                predicted = task.predict(model, features[i], examples[i], tokenizer, batch_size)
+                told = {"gold": task.gold(examples[i]), "predictions": predicted}
+                found = {**task.score(predicted, examples[i]), **told}
+            else:
+                found = task.evaluate(model, features[i], examples[i], tokenizer, batch_size)
         shown = (
             None if lang is None else "SFT" if isinstance(lang, SparseDelta) else os.fspath(lang)
         )
-        rows.append({"data": os.fspath(path), "lang": shown, "metric": task.metric, **figures})
+        rows.append({"data": os.fspath(path), "lang": shown, "metric": task.metric, **found})
     return rows
 
 

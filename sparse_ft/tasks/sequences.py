@@ -116,14 +116,15 @@ class SequenceClassification(Task):
             raise DataError(f"{source_of(examples)}: holds no example")
         return features
 
-    def evaluate(
+    def predict(
         self,
         model: nn.Module,
         features: Features,
         examples: Sequence[dict[str, Any]],
         tokenizer: Any,
         batch_size: int = 32,
-    ) -> dict[str, float]:
+    ) -> list[str]:
+        """The label that a model gives to each example; arguments as of `evaluate`."""
         names = head_labels(model)
         device = next(model.parameters()).device
         predicted = [""] * len(features)
@@ -132,7 +133,15 @@ class SequenceClassification(Task):
                 batch.pop("labels")
                 for i, label in zip(chosen, model(**batch).logits.argmax(-1).tolist(), strict=True):
                     predicted[i] = names[label]
-        gold = [example[self.label] for example in examples]
+        return predicted
+
+    def gold(self, examples: Sequence[dict[str, Any]]) -> list[str]:
+        return [example[self.label] for example in examples]
+
+    def score(
+        self, predicted: Sequence[str], examples: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        gold = self.gold(examples)
         return {
             "accuracy": accuracy(predicted, gold),
             "f1": macro_f1(predicted, gold),

@@ -156,28 +156,6 @@ class TokenClassification(Task):
             raise DataError(f"{source_of(examples)}: holds no {some}")
         return features
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        features: Features,
-        examples: Sequence[dict[str, Any]],
-        tokenizer: Any,
-        batch_size: int = 32,
-    ) -> dict[str, float]:
-        predicted = self.predict(model, features, examples, tokenizer, batch_size)
-        gold = [
-            ["" if tag in self.unlabelled else tag for tag in example[self.tags]]
-            for example in examples
-        ]
-        said = [tag for row in predicted for tag in row if tag]
-        true = [tag for row in gold for tag in row if tag]
-        scores = {"accuracy": accuracy(said, true)}
-        if self.metric == "f1":
-            self._check_prefixes({*true}, source_of(examples))
-            guess, truth = ([[t or "O" for t in row] for row in rows] for rows in (predicted, gold))
-            scores |= entity_f1(guess, truth, self.scheme)
-        return {**scores, "n": float(len(true))}
-
     def predict(
         self,
         model: nn.Module,
@@ -203,6 +181,29 @@ class TokenClassification(Task):
                     for word, label in zip(feature["words"], said, strict=True):
                         predicted[feature["example"]][word] = label
         return predicted
+
+    def gold(self, examples: Sequence[dict[str, Any]]) -> list[list[str]]:
+        return [
+            ["" if tag in self.unlabelled else tag for tag in example[self.tags]]
+            for example in examples
+        ]
+
+    def score(
+        self, predicted: Sequence[Sequence[str]], examples: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        gold = self.gold(examples)
+        flat = [
+            pair
+            for tags in zip(predicted, gold, strict=True)
+            for pair in zip(*tags, strict=True)
+            if pair[1]
+        ]
+        scores = {"accuracy": accuracy([said for said, _ in flat], [true for _, true in flat])}
+        if self.metric == "f1":
+            self._check_prefixes({true for _, true in flat}, source_of(examples))
+            guess, truth = ([[t or "O" for t in row] for row in rows] for rows in (predicted, gold))
+            scores |= entity_f1(guess, truth, self.scheme)
+        return {**scores, "n": float(len(flat))}
 
 
 class Words:
