@@ -175,6 +175,16 @@ def test_settings_of_the_shell_reach_the_recipe(there, tmp_path):
     assert recipe["task"]["scheme"] == "IOB2"
 
 
+def test_each_phase_has_its_own_learning_rate(there, tmp_path):
+    result = run(there, *ner(there, tmp_path / "x.safetensors", "--lr", "1e-3,2e-3"))
+    assert result.exit_code == 0, result.output
+    assert SparseDelta.load(tmp_path / "x.safetensors").meta["recipe"]["lr"] == [1e-3, 2e-3]
+    log = [json.loads(line) for line in (tmp_path / "x.run" / "log.jsonl").open(encoding="utf-8")]
+    # Falling to 0 over 4 and 8 steps, of which the last is logged.
+    rates = {record["phase"]: record["lr"] for record in log if "lr" in record}
+    assert rates == pytest.approx({"full": 1e-3 / 4, "sparse": 2e-3 / 8})
+
+
 # --- stopped runs -------------------------------------------------------------------------------
 
 

@@ -108,6 +108,14 @@ def test_one_number_counts_for_both_phases():
     assert r.l1 == (0.1, 0.2)
 
 
+def test_a_learning_rate_is_one_or_two_and_recorded_as_given():
+    assert recipe("lt-sft-pos", lr=1e-3).to_dict()["lr"] == 1e-3
+    r = recipe("lt-sft-pos", lr=[2e-4, 4e-4])
+    assert r.lr == (2e-4, 4e-4)
+    assert r.to_dict()["lr"] == [2e-4, 4e-4]
+    assert r.changed(lr=1e-3).lr == 1e-3
+
+
 def test_steps_take_the_place_of_epochs_and_their_limits():
     r = recipe("lt-sft-language", steps=(100, 200))
     assert (r.epochs, r.steps, r.min_steps, r.max_steps) == (None, (100, 200), None, None)
@@ -162,8 +170,10 @@ def test_what_changed_is_told_apart():
         ({"steps": 5, "epochs": 1}, "give steps or epochs, not both"),
         ({"density": 0.0}, r"density must be a share in \(0, 1\], 0.02 for 2 %; found 0.0"),
         ({"density": 1.5}, "density"),
-        ({"lr": float("nan")}, "lr must be above 0; found nan"),
-        ({"lr": "fast"}, "lr must be above 0; found 'fast'"),
+        ({"lr": float("nan")}, "lr must be one number, or one .*, each above 0; found nan"),
+        ({"lr": "fast"}, "lr must be one number, or .* above 0; found 'fast'"),
+        ({"lr": (1e-4, 0)}, "lr must be .* above 0"),
+        ({"lr": (1e-4, 1e-4, 1e-4)}, "lr must be one number, or one for the full and one for"),
         ({"l1": -1}, "l1 must be one number"),
         ({"steps": (1, 2, 3)}, "steps must be one number, or one for the full"),
         ({"steps": 1.5}, "steps"),

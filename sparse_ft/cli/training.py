@@ -46,7 +46,7 @@ PANELS = {"recipe": "Recipe: settings over those of the preset", "run": "Run"}
 STOPPED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
-_PAIR = "one number, or one for the full and one for the sparse phase: 3,10"
+_PAIR = "one number, or one for the full and one for the sparse phase"
 
 Model = Annotated[str, typer.Option("--base", help="The base model: a folder, or its Hub name.")]
 DataFormat = Annotated[
@@ -100,14 +100,16 @@ def _settings(
     l1: Annotated[
         str | None, typer.Option(help="λ of the L1 term: one number, or two as below.")
     ] = None,
-    steps: Annotated[str | None, typer.Option(help=f"Optimizer steps: {_PAIR}.")] = None,
-    epochs: Annotated[str | None, typer.Option(help=f"Passes over the data: {_PAIR}.")] = None,
+    steps: Annotated[str | None, typer.Option(help=f"Optimizer steps: {_PAIR}: 500,2000.")] = None,
+    epochs: Annotated[
+        str | None, typer.Option(help=f"Passes over the data: {_PAIR}: 3,10.")
+    ] = None,
     min_steps: Annotated[int | None, typer.Option(help="Fewest steps of a phase.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Most steps of a phase.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a batch.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches for one step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most pieces of an example.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    lr: Annotated[str | None, typer.Option(help=f"Learning rate: {_PAIR}: 2e-4,4e-4.")] = None,
     evaluate_every: Annotated[
         str | None, typer.Option(help='Steps from one evaluation to the next, or "epoch".')
     ] = None,
@@ -132,7 +134,7 @@ def _settings(
         "batch_size": batch_size,
         "accumulate": accumulate,
         "max_length": max_length,
-        "lr": lr,
+        "lr": _pair(lr),
         "evaluate_every": None if evaluate_every is None else parsed(evaluate_every),
         "precision": precision,
     }
@@ -340,7 +342,7 @@ def presets(as_json: Json = False) -> None:
             size,
             _length(r),
             f"batch {batch}",
-            f"lr {r.lr:g}",
+            f"lr {_said(r.lr)}",
             f"λ {r.l1[0]:g}",
             chosen,
             ours,
@@ -646,14 +648,18 @@ def _training_errors(run: Path | None = None, fresh: bool = False) -> Iterator[N
 
 def _length(r: Recipe) -> str:
     """The lengths of a recipe, as short as can be."""
-    full, sparse = r.steps or r.epochs or (0, 0)
-    said = f"{full:g}" if full == sparse else f"{full:g}, {sparse:g}"
-    said += " steps" if r.steps else " epochs"
+    said = _said(r.steps or r.epochs or 0) + (" steps" if r.steps else " epochs")
     if r.min_steps and r.min_steps == r.max_steps:
         said += f", that is {r.min_steps:,} steps"
     elif r.min_steps and r.max_steps:
         said += f", {r.min_steps:,} to {r.max_steps:,} steps"
     return said
+
+
+def _said(value: float | tuple[float, float]) -> str:
+    """One number, or both where those of the phases differ."""
+    full, sparse = value if isinstance(value, tuple) else (value, value)
+    return f"{full:g}" if full == sparse else f"{full:g}, {sparse:g}"
 
 
 def _print_trained(trained: Trained, as_json: bool) -> None:

@@ -58,7 +58,7 @@ class Recipe:
         batch_size: Examples in a batch.
         accumulate: Batches for one optimizer step.
         max_length: Most pieces of an example (a block, a window), special ones included.
-        lr: Learning rate at the start.
+        lr: Learning rate at the start; or one of the full and one of the sparse phase.
         schedule: "linear" (to 0), "cosine" or "constant".
         warmup: Share of the steps over which the rate rises, in [0, 1).
         weight_decay: Decoupled decay of AdamW.
@@ -93,7 +93,7 @@ class Recipe:
     batch_size: int = 8
     accumulate: int = 1
     max_length: int = 256
-    lr: float = 5e-5
+    lr: float | tuple[float, float] = 5e-5
     schedule: str = "linear"
     warmup: float = 0.0
     weight_decay: float = 0.0
@@ -245,12 +245,13 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "decouple": ("true or false", lambda x: isinstance(x, bool)),
     "precision": ("bf16 or fp16", lambda x: x in ("bf16", "fp16")),
 }
-_PER_PHASE = ("l1", "epochs", "steps")
+_PER_PHASE = ("l1", "epochs", "steps", "lr")
 _UNSET = tuple(f.name for f in fields(Recipe) if f.default is None)
 
 
 def _checked(name: str, value: Any) -> Any:
-    """A setting, of the right kind and in its range; one number counts for both phases.
+    """A setting, of the right kind and in its range; one number counts for both phases, and
+    becomes a pair, but for `lr`: records have had one number for that.
 
     Raises:
         RecipeError: It names the setting, what was found, and what would work.
@@ -261,7 +262,7 @@ def _checked(name: str, value: Any) -> Any:
     if name in _PER_PHASE:
         pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
         if len(pair) == 2 and all(allows(x) for x in pair):
-            return pair
+            return value if name == "lr" and _number(value) else pair
         said = f"one number, or one for the full and one for the sparse phase, each {said}"
     elif allows(value):
         return value
