@@ -281,14 +281,14 @@ def made_with(
     ticket: LotteryTicket, train: Callable[[Phase], Any], meta: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What decides the fully tuned model of a ticket's first phase, as JSON values: all that
-    decides its result, but for K and what only the selection looks at.
+    decides its result, but for what only the selection looks at (K, the criterion).
 
     Raises:
         ValueError: It has several full phases.
     """
     if ticket.iterations > 1:
         raise ValueError("density_sweep: iterations have a full phase each; a sweep has one")
-    other = ("k_requested", "eps", "tie")
+    other = {"k_requested", "eps", "tie", "seed", *ticket.criterion.recipe()}
     return {key: value for key, value in ticket._settings(train, meta).items() if key not in other}
 
 
@@ -299,7 +299,7 @@ def from_full(base: Criterion, path: Path, made_by: Mapping[str, Any]) -> Criter
     skip that phase. Where fewer entries moved than a ticket wants, the others fill up in order.
 
     Args:
-        base: The criterion that ranks.
+        base: The criterion that ranks; one that needs no full tuning leaves the file alone.
         path: The file, for the eligible parameters in full.
         made_by: What decides them, as `made_with` says it; stored in the file. A file that was made
             by something else is refused.
@@ -313,18 +313,20 @@ def from_full(base: Criterion, path: Path, made_by: Mapping[str, Any]) -> Criter
         raise ValueError(f'density_sweep: criterion "{base.name}" fixes its entries; it ranks none')
 
     settings = json.loads(canonical(made_by))
-    if path.exists():
+    if base.needs_training and path.exists():
         _check_made(path, settings)
 
-    def choose(candidates: Candidates) -> Choice:
+    def tuned(candidates: Candidates) -> Candidates:
         if not path.exists():
             now = dict(zip(candidates.names, candidates.current, strict=True))
             with new_file("density_sweep", str(path)) as temporary:
                 save_file(now, temporary, {MADE_BY: canonical(settings)})
         with safe_open(path, framework="pt", device=str(candidates.device)) as file:
-            current = [file.get_tensor(name) for name in candidates.names]
+            return replace(candidates, current=[file.get_tensor(n) for n in candidates.names])
+
+    def choose(candidates: Candidates) -> Choice:
         # Without the info by which `select` refuses to fill up.
-        idx, ptr, _, told = rank(replace(candidates, current=current))
+        idx, ptr, _, told = rank(tuned(candidates) if base.needs_training else candidates)
         return idx, ptr, None, told
 
     return replace(base, choose=choose, needs_training=base.needs_training and not path.exists())

@@ -185,6 +185,15 @@ def test_each_phase_has_its_own_learning_rate(there, tmp_path):
     assert rates == pytest.approx({"full": 1e-3 / 4, "sparse": 2e-3 / 8})
 
 
+def test_one_full_phase_for_two_criteria(there, tmp_path):
+    for name, more, phases in (("a", [], 2), ("b", ["--criterion", "denoised"], 1)):
+        output = tmp_path / f"{name}.safetensors"
+        result = run(there, *ner(there, output, "--full-model", tmp_path / "full", "--json", *more))
+        assert result.exit_code == 0, result.output
+        assert len(json.loads(result.stdout)["phases"]) == phases
+    assert SparseDelta.load(tmp_path / "b.safetensors").meta["recipe"]["method"] == "DeFT-X"
+
+
 # --- stopped runs -------------------------------------------------------------------------------
 
 

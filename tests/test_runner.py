@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -314,6 +315,54 @@ def test_what_only_names_the_result_is_no_other_run(there, tmp_path, monkeypatch
     assert (stored.meta["task"], stored.meta["license"]) == ("entities", "mit")
     assert torch.equal(stored.val, first.delta.val)
     assert again.delta.content_id == stored.content_id
+
+
+SELECTIONS = {
+    "magnitude": {},
+    "denser": {"density": 0.3, "fill": True},
+    "denoised": {"criterion": "denoised", "criterion_options": {"rank": 2, "keep_high": 0.2}},
+    "randomized": {
+        "criterion": "denoised",
+        "criterion_options": {"rank": 2, "method": "randomized", "seed": 3},
+    },
+}
+
+
+@pytest.mark.parametrize("first", ["magnitude", "randomized"])
+def test_selections_of_one_full_phase_are_those_of_runs_of_their_own(there, tmp_path, first):
+    full = tmp_path / "full.safetensors"
+    for name in sorted(SELECTIONS, key=lambda name: name != first):
+        settings = SELECTIONS[name]
+        shared = ner(there, tmp_path / f"{name}.safetensors", settings, full_model=full)
+        assert [p["phase"] for p in shared.phases] == ["full", "sparse"][name != first :]
+        own = ner(there, tmp_path / f"{name}-own.safetensors", settings)
+        assert shared.delta.content_id == own.delta.content_id, name
+    made = full.read_bytes()
+    # Presets that tune alike share it, whatever they are called; those that do not are refused.
+    deft = recipe("lt-sft-ner", **{**SHORT, "max_length": 32, "steps": (4, 8), "lr": 1e-3})
+    deft = deft.changed(evaluate_every=4, criterion="denoised")
+    files = (there / "train.conll", there / "bert", tmp_path / "deft.safetensors")
+    train(*files, recipe=replace(deft, name="mine", origin="ours"), valid=there / "test.conll",
+          name="ner", full_model=full)  # fmt: skip
+    for settings, options in (({"lr": 2e-3}, {}), ({}, {"seed": 1})):
+        with pytest.raises(ValueError, match=r"full.safetensors' was tuned with other settings"):
+            ner(there, tmp_path / "x.safetensors", settings, full_model=full, **options)
+    assert full.read_bytes() == made
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"criterion": "random"}, {"criterion": "bias"}, {"criterion": "snip"}, {"full": True}],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_what_needs_no_full_phase_leaves_the_full_model_alone(there, tmp_path, settings):
+    if settings.get("criterion") in (None, "bias"):
+        settings = {"density": None, **settings}
+    full = tmp_path / "full.safetensors"
+    shared = ner(there, tmp_path / "x.safetensors", settings, full_model=full)
+    own = ner(there, tmp_path / "own.safetensors", settings)
+    assert shared.delta.content_id == own.delta.content_id
+    assert not full.exists()
 
 
 # --- several sources ----------------------------------------------------------------------------

@@ -173,6 +173,14 @@ def _run(
     ] = False,
     force: Force = False,
     license: License = None,
+    full_model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The fully tuned model, for several runs that differ in density or criterion "
+            "alone: the first makes it, the others need no full phase.",
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """How the training runs, as keywords of `runner.train`."""
     return {
@@ -183,6 +191,7 @@ def _run(
         "fresh": fresh,
         "force": force,
         "license": license,
+        "full_model": full_model,
     }
 
 

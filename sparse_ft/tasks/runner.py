@@ -172,8 +172,9 @@ def train(
         fresh: Start over, whatever the folder holds.
         force: Replace an output of another run.
         license: Of the result, for its metadata.
-        full_model: A file for the fully tuned model: the first of several runs that differ in their
-            density alone makes it, the others begin with its selection.
+        full_model: A file for the fully tuned model: the first of several runs that differ in
+            nothing but how entries are selected (density, criterion) makes it, the others begin
+            with their selection. A criterion that needs no full phase leaves the file alone.
         note: Is told what the user should know, a line each.
 
     Raises:
@@ -230,8 +231,9 @@ def train(
             fill=chosen.fill,
         )
         loop = _loop(chosen, task, batches, prepared, on, plan.tokenizer, seed, folder, fresh)
-        if full_model is not None:
-            made_by = made_with(ticket, loop, {**meta, "recipe": _without_size(meta["recipe"])})
+        if full_model is not None and criterion.fixed is None:
+            tuning = _without_selection(meta["recipe"], criterion)
+            made_by = made_with(ticket, loop, {**meta, "recipe": tuning})
             ticket.criterion = from_full(criterion, Path(full_model), made_by)
         delta = ticket.fit(loop, folder, save_every=save_every, fresh=fresh, **meta)
     # What names the result and changes nothing of it is no setting of the run. The folder has it
@@ -276,9 +278,12 @@ def planned(
     return _Plan(chosen, task, tokenizer, sources, deltas, prepared, known, reading)
 
 
-def _without_size(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's record without K, which a full phase does not know of."""
-    return {key: recipe[key] for key in recipe if key not in ("k", "density", "changed")}
+def _without_selection(recipe: Mapping[str, Any], criterion: criteria.Criterion) -> dict[str, Any]:
+    """A recipe's record without its name and what only the selection looks at: a full phase knows
+    of neither."""
+    name = ("preset", "origin", "changed")
+    left_out = {*name, "k", "density", "criterion_options", "fill", *criterion.recipe()} - {"seed"}
+    return {key: recipe[key] for key in recipe if key not in left_out}
 
 
 def _check_labels(labels: Sequence[str] | None) -> None:
