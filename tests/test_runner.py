@@ -350,6 +350,23 @@ def test_selections_of_one_full_phase_are_those_of_runs_of_their_own(there, tmp_
     assert full.read_bytes() == made
 
 
+def test_the_full_model_gives_the_dense_difference(there, tmp_path, recwarn):
+    full = tmp_path / "full.safetensors"
+    sparse = language(there, tmp_path / "x.safetensors", full_model=full).delta
+    dense = sf.diff(there / "bert", full, eligible="*", role="language", lang="en")
+    assert not [str(w.message) for w in recwarn if "diff" in str(w.message)]
+    assert dense.layout == sparse.layout
+    # What LT-SFT selects is the largest of it.
+    flat = torch.cat([dense.dense(name).flatten().abs() for name in dense.layout.names])
+    selected = torch.cat([sparse.support.mask(name).flatten() for name in sparse.layout.names])
+    largest = flat.sort(descending=True, stable=True).indices[: sparse.nnz]
+    assert torch.equal(selected.nonzero()[:, 0], largest.sort().values)
+    # And it goes where the sparse one goes.
+    langs = [dense, sparse, None]
+    rows = evaluate(there / "bert", there / "ner.safetensors", there / "test.conll", langs=langs)
+    assert len({row["accuracy"] for row in rows}) > 1
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"criterion": "random"}, {"criterion": "bias"}, {"criterion": "snip"}, {"full": True}],
