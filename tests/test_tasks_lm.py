@@ -15,6 +15,7 @@ from torch.nn import functional
 pytest.importorskip("transformers")
 
 import task_models
+import tiny_models
 
 import sparse_ft as sf
 from sparse_ft.families import backbone_names, named_parameters
@@ -203,6 +204,95 @@ def test_masked_loss_is_the_mean_over_masked_pieces(bases, base):
     assert found["n"] == count
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+_MORE = {
+    "ELECTRA": ("Electra", {"embedding_size": 8}),
+    "DeBERTa": ("Deberta", {}),
+    "DeBERTa-v2": ("DebertaV2", {}),
+    "RoBERTa": ("Roberta", {"max_position_embeddings": 20, **tiny_models._TOKENS}),
+}
+MASKED = [name for name, its in tiny_models.FAMILIES.items() if its.language == "ForMaskedLM"]
+
+
+def masked_model(name, monkeypatch):
+    if name in _MORE:
+        kind, config = _MORE[name]
+        family = tiny_models.Family(kind, {**tiny_models._HEADS, **config}, "ForMaskedLM", ())
+        monkeypatch.setitem(tiny_models.FAMILIES, name, family)
+    return tiny_models.tiny(name)
+
+
+def masked_batch():
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (3, 8), generator=draw)
+    labels = torch.where(torch.rand(ids.shape, generator=draw) < 0.3, ids, -100)
+    mask = torch.ones_like(ids)
+    mask[1, 5:], ids[1, 5:], labels[1, 5:] = 0, 1, -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def loss_and_gradients(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def seen_by_the_output_matrix(model):
+    shapes = []
+    output = model.get_output_embeddings()
+    if output is None or type(output) is not torch.nn.Linear:
+        return None
+    output.register_forward_hook(lambda module, given, out: shapes.append(tuple(given[0].shape)))
+    return shapes
+
+
+@pytest.mark.parametrize("name", [*MASKED, *_MORE])
+def test_the_loss_is_the_models_own_on_the_positions_to_predict(name, monkeypatch):
+    model, batch = masked_model(name, monkeypatch), masked_batch()
+    expected, wanted = loss_and_gradients(model, model(**batch).loss)
+    shapes = seen_by_the_output_matrix(model)
+    found, gradients = loss_and_gradients(model, MLM.loss(model, batch))
+    # Means of a few terms in another order: within some ulps of the largest.
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert gradients.keys() == wanted.keys()
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-6 * largest)
+    n = int((batch["labels"] != -100).sum())
+    assert 0 < n < 24
+    assert shapes is None or shapes[-1] == (1, n, 8)
+
+
+def test_training_draws_the_same_dropout(bases):
+    """The head has none, so the random state after a loss is that of the model's own."""
+    model, batch = MLM.build(bases["bert"]).train(), masked_batch()
+    after = []
+    for loss in (lambda: model(**batch).loss, lambda: MLM.loss(model, batch)):
+        torch.manual_seed(0)
+        found = loss()
+        after.append((pytest.approx(found.item(), rel=1e-5), torch.get_rng_state().tolist()))
+    assert after[0] == after[1]
+    assert model.training
+
+
+def test_a_head_that_looks_around_keeps_all_positions(monkeypatch):
+    model, batch = masked_model("BERT", monkeypatch), masked_batch()
+    dense = model.cls.predictions.transform
+    own = dense.forward
+    dense.forward = lambda states: own(states + 0.5 * states.roll(1, 1))
+    expected, wanted = loss_and_gradients(model, model(**batch).loss)
+    found, gradients = loss_and_gradients(model, MLM.loss(model, batch))
+    assert found == expected
+    for key, gradient in gradients.items():
+        assert torch.equal(gradient, wanted[key])
+
+
+@pytest.mark.parametrize("family", ["BART", "BERT"])
+def test_what_has_no_head_of_its_own_keeps_all_positions(family):
+    model, batch = tiny_models.tiny(family), masked_batch()
+    wrapped = model if family == "BART" else torch.nn.DataParallel(model)
+    assert MLM.loss(wrapped, batch).item() == model(**batch).loss.item()
 
 
 def test_causal_loss_is_the_mean_over_following_pieces(bases):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ..families import backbone, unwrapped
 from .base import Batch, Collate, Task, check_length, evaluating, field, padded, register
 from .data import DataError, Examples, source_of
 
@@ -19,6 +22,9 @@ __all__ = ["Blocks", "CausalLM", "MaskedLM", "mask_pieces"]
 
 # Lines that the tokenizer gets at once.
 _LINES = 1000
+# Logits of few positions and of all of them differ by rounding, in half precision by less than
+# this share of the largest.
+_ROUNDING = 2e-2
 
 
 class Blocks(Sequence[dict[str, Any]]):
@@ -161,6 +167,18 @@ class MaskedLM(_LanguageModelling):
     def collate(self, tokenizer: Any) -> Collate:
         return _Masking(tokenizer, self.probability)
 
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """As of any task. The head, most of a small model's work, sees the positions to predict
+        alone, where it treats each for itself."""
+        device = next(model.parameters()).device
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        if not _by_position(model, inputs):
+            return super().loss(model, batch)
+        labels = batch["labels"].flatten()
+        places = (labels != -100).nonzero()[:, 0]
+        logits = _logits_at(model, inputs, places.to(device))[0]
+        return functional.cross_entropy(logits.float(), labels[places].to(device))
+
     def _fixed_batches(
         self, features: Sequence[dict[str, Any]], tokenizer: Any, batch_size: int
     ) -> Iterator[Batch]:
@@ -174,6 +192,68 @@ class MaskedLM(_LanguageModelling):
                 key: padded([row[key][0] for row in rows], fill)
                 for key, fill in masking.fills.items()
             }
+
+
+_TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What `_by_position` found."""
+
+
+def _by_position(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Does the head of a model treat each position for itself? Found by trying, once a model.
+
+    Args:
+        model: With a masked-language head.
+        inputs: A batch for it, of which a few pieces are tried.
+    """
+    if model not in _TRIED:
+        config: Any = getattr(model, "config", None)
+        _TRIED[model] = (
+            unwrapped(model) is model
+            and backbone(model) is not model
+            and not getattr(config, "is_encoder_decoder", False)
+            and _same_logits(model, {key: value[:1, :8] for key, value in inputs.items()})
+        )
+    return _TRIED[model]
+
+
+def _same_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Are the logits of every second position those that the head gives without the others?"""
+    places = torch.arange(0, inputs["input_ids"].numel(), 2, device=inputs["input_ids"].device)
+    with evaluating(model):
+        expected = model(**inputs).logits.flatten(0, 1)[places]
+        try:
+            found = _logits_at(model, inputs, places)[0]
+        except (IndexError, RuntimeError, ValueError):
+            return False  # it wants a sequence of the inputs' length
+    if found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() <= _ROUNDING * expected.abs().max())
+
+
+def _logits_at(model: nn.Module, inputs: Mapping[str, Tensor], places: Tensor) -> Tensor:
+    """The logits of some positions, whose states are all that the head is given.
+
+    Args:
+        model: With a backbone whose last states the head reads.
+        inputs: For the model, [batch, length].
+        places: int64 [n], positions in the flat batch.
+
+    Returns:
+        float [1, n, vocabulary].
+    """
+
+    def keep(module: nn.Module, given: Any, output: Any) -> Any:
+        states = getattr(output, "last_hidden_state", None)
+        if states is not None and states.shape[:-1] == inputs["input_ids"].shape:
+            output.last_hidden_state = states.flatten(0, 1).index_select(0, places)[None]
+        return output
+
+    handle = backbone(model).register_forward_hook(keep)
+    try:
+        logits: Tensor = model(**inputs).logits
+    finally:
+        handle.remove()
+    return logits
 
 
 @register
