@@ -68,6 +68,7 @@ def load_model(
             raise ValueError(f"{base}: transformers has no {auto} for this kind of model") from None
         raise _not_found(base, "model", error) from None
     _check_backbone(base, model, loaded["missing_keys"])
+    _draw_pooler(model, loaded["missing_keys"])
     found: nn.Module = model
     return found
 
@@ -106,6 +107,19 @@ def _check_backbone(base: str | os.PathLike[str], model: nn.Module, missing: Ite
             f"{base}: has no weights for {len(absent)} of the {len(wanted)} tensors of the model's "
             f"backbone, such as {absent[0]}; they would be random. Name a base of the same kind"
         )
+
+
+def _draw_pooler(model: Any, missing: Iterable[str]) -> None:
+    """Gives a pooler that the base lacks the same values for every seed, as BERT's are drawn: it is
+    of the backbone, and an SFT fits one backbone alone."""
+    parameters, wanted = dict(model.named_parameters()), backbone_names(model)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        for name in sorted(wanted.intersection(missing)):
+            if parameters[name].dim() > 1:
+                parameters[name].normal_(std=getattr(model.config, "initializer_range", 0.02))
+            else:
+                parameters[name].zero_()
 
 
 def load_tokenizer(base: str | os.PathLike[str], *, words: bool = False) -> Any:
