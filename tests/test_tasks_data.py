@@ -126,6 +126,18 @@ def test_csv(write):
     assert list(data.read(write("c.csv", "line,label\na,b"))) == [{"line": "a", "label": "b"}]
 
 
+def test_a_table_whose_first_line_is_a_row(write):
+    path = write("a.tsv", "so good\tpos\nso bad\tneg\n")
+    rows = data.read(path, columns=["text", "label"])
+    assert list(rows) == [
+        {"text": "so good", "label": "pos"},
+        {"text": "so bad", "label": "neg"},
+    ]
+    assert rows.where(0) == f"{path}, line 1"
+    with pytest.raises(data.DataError, match="line 1: does not have the 3 fields of the columns"):
+        data.read(path, columns=["id", "text", "label"])
+
+
 def test_a_quotation_mark_in_a_tsv_file_is_text(write):
     path = write("a.tsv", 'text\tlabel\n"so\tpos\n"I" said\tneg\nok"\tpos\n')
     assert texts(data.read(path)) == ['"so', '"I" said', 'ok"']

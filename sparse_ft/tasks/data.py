@@ -350,7 +350,13 @@ def read_json(path: Source) -> Examples:
     return _some(document, path, "example")
 
 
-def read_csv(path: Source, *, delimiter: str = ",", quoting: bool = True) -> Examples:
+def read_csv(
+    path: Source,
+    *,
+    delimiter: str = ",",
+    quoting: bool = True,
+    columns: Sequence[str] | None = None,
+) -> Examples:
     """Reads a table whose first line names the columns.
 
     Args:
@@ -358,15 +364,17 @@ def read_csv(path: Source, *, delimiter: str = ",", quoting: bool = True) -> Exa
         delimiter: What stands between fields.
         quoting: Fields may stand between quotation marks, and then hold delimiters and ends of
             lines. False, the default of the format "tsv": a quotation mark is text.
+        columns: Their names, where the first line is a row like the others.
 
     Raises:
-        DataError: The file is missing, empty or not UTF-8, a line has more or fewer fields than the
-            first, or two columns have one name.
+        DataError: The file is missing, empty or not UTF-8, a line has more or fewer fields than
+            there are columns, or two of them have one name.
     """
     limit = csv.field_size_limit(_MAX_FIELD)
     try:
         table = csv.DictReader(
             io.StringIO(_text(path), newline=""),
+            fieldnames=columns,
             delimiter=delimiter,
             strict=True,
             quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
@@ -376,11 +384,12 @@ def read_csv(path: Source, *, delimiter: str = ",", quoting: bool = True) -> Exa
             names = table.fieldnames or ()
             if twice := [name for name in names if names.count(name) > 1]:
                 raise DataError(f"{path}, line 1: two columns have the name {twice[0]!r}")
+            named = "first line" if columns is None else f"columns {', '.join(names)}"
             for row in table:
                 if None in row or None in row.values():
                     raise DataError(
                         f"{path}, line {table.line_num}: does not have the "
-                        f"{len(names)} fields of the first line"
+                        f"{len(names)} fields of the {named}"
                     )
                 rows.append(row)
                 begins.append(table.line_num)
@@ -575,8 +584,10 @@ def _some(
     return Examples(rows, os.fspath(source), lines)
 
 
-def _read_tsv(path: Source, *, quoting: bool = False) -> Examples:
-    return read_csv(path, delimiter="\t", quoting=quoting)
+def _read_tsv(
+    path: Source, *, quoting: bool = False, columns: Sequence[str] | None = None
+) -> Examples:
+    return read_csv(path, delimiter="\t", quoting=quoting, columns=columns)
 
 
 _READERS: dict[str, Callable[..., Examples]] = {
