@@ -7,6 +7,8 @@ import pytest
 pytest.importorskip("transformers")
 
 import task_models
+import torch
+from transformers import BertConfig, BertModel
 
 from sparse_ft.tasks import TASKS, DataError, Examples
 
@@ -65,7 +67,8 @@ def test_macro_f1_can_choose(bases):
     task = TASK(metric="f1")
     assert task.greater_is_better
     assert dataclasses.asdict(task) == {
-        "metric": "f1", "text": "text", "pair": None, "label": "label"
+        "metric": "f1", "text": "text", "pair": None, "label": "label",
+        "pooling": None, "scale": 1.0,
     }  # fmt: skip
     assert TASK(**dataclasses.asdict(task)) == task
 
@@ -79,6 +82,57 @@ def test_heads_have_two_layers_on_the_first_piece(bases):
         model = TASK().build(bases[base], labels)
         found = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
         assert names <= found
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_mean_of_the_states_can_be_read(bases, base):
+    task = TASK(pooling="mean", scale=4.0)
+    labels, tokenizer = task.labels(TEXT), task.tokenizer(bases[base])
+    model = task.build(bases[base], labels).eval()
+    assert not any("pooler" in name for name, _ in model.named_parameters())
+    features = task.encode(TEXT, tokenizer, 32, labels=labels)
+    # By hand, of one text without padding: the layer is linear, and so is the mean.
+    (layer,) = (m for m in model.children() if isinstance(m, torch.nn.Linear))
+    inputs = {k: torch.tensor([v]) for k, v in features[0].items() if k != "labels"}
+    states = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state
+    wanted = 4.0 * layer(states.mean(1))
+    assert torch.allclose(task.scores(model, inputs), wanted, rtol=0, atol=1e-5)
+    loss = task.loss(model, {**inputs, "labels": torch.tensor([features[0]["labels"]])})
+    assert torch.allclose(loss, -wanted.log_softmax(1)[0, features[0]["labels"]], atol=1e-5)
+    # Padding is no part of the mean.
+    batch = task.collate(tokenizer)([features[0], max(features, key=lambda f: len(f["input_ids"]))])
+    assert (batch["attention_mask"][0] == 0).any()
+    del batch["labels"]
+    assert torch.allclose(task.scores(model, batch)[:1], wanted, rtol=0, atol=1e-5)
+    task_models.fit(task, model, features, tokenizer)
+    found = task.evaluate(model, features, TEXT, tokenizer)
+    assert found == {"accuracy": 1, "f1": 1, "n": 6}
+    assert task.evaluate(model, features, TEXT, tokenizer, batch_size=1) == found
+
+
+def test_a_tuned_mean_is_read_again(bases, tmp_path):
+    task = TASK(pooling="mean")
+    assert TASK(**dataclasses.asdict(task)) == task
+    model = task.build(bases["bert"], ["a", "b"], seed=3)
+    model.save_pretrained(tmp_path)
+    again = task.build(tmp_path, ["a", "b"], seed=4).state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_pooler_that_the_base_lacks_is_of_the_base(tmp_path):
+    """θ0 must not depend on the seed of the head: an SFT fits one θ0 alone."""
+    bare = BertModel(
+        BertConfig.from_pretrained(task_models.bert(tmp_path)), add_pooling_layer=False
+    )
+    bare.save_pretrained(tmp_path)
+    one, two = (dict(TASK().build(tmp_path, ["a", "b"], seed=s).named_parameters()) for s in (1, 2))
+    assert not torch.equal(one["classifier.weight"], two["classifier.weight"])
+    for name in one.keys() - {"classifier.weight"}:
+        assert torch.equal(one[name], two[name]), name
+    drawn = one["bert.pooler.dense.weight"]
+    assert drawn.std().item() == pytest.approx(BertConfig().initializer_range, rel=0.2)
+    assert (one["bert.pooler.dense.bias"] == 0).all()
 
 
 def test_a_base_with_a_head_of_another_size_is_refused(bases, tmp_path):
@@ -109,5 +163,11 @@ def test_errors(bases):
         task.checked(Examples([{"text": "a", "label": None}]))
     with pytest.raises(ValueError, match="metric is 'las'"):
         TASK(metric="las")
+    with pytest.raises(ValueError, match="pooling is 'max'; it must be \"mean\", or none"):
+        TASK(pooling="max")
+    with pytest.raises(ValueError, match="scale is 0; it must be positive"):
+        TASK(pooling="mean", scale=0)
+    with pytest.raises(ValueError, match='scale is of pooling="mean"'):
+        TASK(scale=2.0)
     with pytest.raises(DataError, match="holds no example"):
         task.encode(Examples([]), task.tokenizer(bases["bert"]), 8, labels=["a", "b"])

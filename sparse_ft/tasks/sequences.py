@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from .base import (
     Features,
@@ -23,6 +26,7 @@ from .base import (
     unknown_label,
 )
 from .data import DataError, Examples, source_of
+from .heads import load_model
 from .metrics import accuracy, macro_f1
 
 __all__ = ["SequenceClassification"]
@@ -37,11 +41,18 @@ class SequenceClassification(Task):
     LT-SFT paper: a dense one with tanh, and a linear one. BERT's dense layer is its pooler, which
     is pretrained and of the backbone, so its entries are selected among; XLM-R's is of the head.
 
+    An encoder of sentences such as E5 has its meaning in the mean of the last states, and no
+    pooler: with pooling="mean", the head is transformers' own for tokens, most often one linear
+    layer, and a text's scores are the means of those of its pieces, special ones included.
+
     Attributes:
         metric: "accuracy", or "f1" (macro, over the labels that occur).
         text: The field that holds the text, or the premise.
         pair: The field that holds the second text, or the hypothesis.
         label: The field that holds the label.
+        pooling: "mean", or None: as transformers' head has it.
+        scale: Of the mean's scores: a factor on what the head reads. The states of a sentence
+            encoder lie close together, and with 10 one learning rate serves both.
     """
 
     name: ClassVar[str] = "sequences"
@@ -52,10 +63,18 @@ class SequenceClassification(Task):
     text: str = "text"
     pair: str | None = None
     label: str = "label"
+    pooling: str | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.metric not in ("accuracy", "f1"):
             raise ValueError(f'metric is {self.metric!r}; sequences have "accuracy" and "f1"')
+        if self.pooling not in (None, "mean"):
+            raise ValueError(f'pooling is {self.pooling!r}; it must be "mean", or none')
+        if not 0 < self.scale < inf:
+            raise ValueError(f"scale is {self.scale!r}; it must be positive")
+        if self.scale != 1 and self.pooling is None:
+            raise ValueError(f'scale is of pooling="mean"; found {self.scale!r} without it')
 
     def checked(self, examples: Examples) -> Examples:
         rows = []
@@ -83,12 +102,35 @@ class SequenceClassification(Task):
         seed: int = 0,
         **options: Any,
     ) -> nn.Module:
-        model = super().build(base, labels, seed=seed, **options)
+        auto = self.auto if self.pooling is None else "AutoModelForTokenClassification"
+        model = load_model(base, auto, labels=labels, seed=seed, **options)
         config: Any = model.config
         if config.pad_token_id is None:
             # Decoders classify the last piece that is not padding.
             config.pad_token_id = self.tokenizer(base).pad_token_id
         return model
+
+    def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The scores that a model gives the labels, fp32 [batch, labels].
+
+        Args:
+            model: As `build` gives it.
+            batch: Features of texts on the model's device, without labels.
+        """
+        found: Tensor = model(**batch).logits.float()
+        if self.pooling is None:
+            return found
+        read = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        weight = read[..., None].float()
+        return self.scale * (found * weight).sum(1) / weight.sum(1)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        if self.pooling is None:
+            return super().loss(model, batch)
+        device = next(model.parameters()).device
+        inputs = {key: value.to(device) for key, value in batch.items()}
+        labels = inputs.pop("labels")
+        return functional.cross_entropy(self.scores(model, inputs), labels)
 
     def encode(
         self,
@@ -131,7 +173,8 @@ class SequenceClassification(Task):
         with evaluating(model):
             for chosen, batch in batches(features, self.collate(tokenizer), batch_size, device):
                 batch.pop("labels")
-                for i, label in zip(chosen, model(**batch).logits.argmax(-1).tolist(), strict=True):
+                classes = self.scores(model, batch).argmax(-1).tolist()
+                for i, label in zip(chosen, classes, strict=True):
                     predicted[i] = names[label]
         return predicted
 
