@@ -1,6 +1,7 @@
 """Sequence classification: texts, pairs, label sets, and that models learn."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -11,6 +12,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from sparse_ft.tasks import TASKS, DataError, Examples
+from sparse_ft.tasks.recipes import recipe
+from sparse_ft.tasks.runner import evaluate, train
 
 TASK = TASKS["sequences"]
 BASES = ["bert", "xlm_roberta", "llama"]
@@ -118,6 +121,33 @@ def test_a_tuned_mean_is_read_again(bases, tmp_path):
     again = task.build(tmp_path, ["a", "b"], seed=4).state_dict()
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "mean", "scale": 2.0}])
+def test_a_run_is_scored_as_it_was_trained(tmp_path, options):
+    """On a base without a pooler, with a seed that is not the default, on an SFT of a language."""
+    base = task_models.bert(tmp_path / "bert")
+    bare = BertModel(BertConfig.from_pretrained(base), add_pooling_layer=False)
+    bare.save_pretrained(base)
+    data, text = tmp_path / "data.jsonl", tmp_path / "text.txt"
+    data.write_text("".join(json.dumps(row) + "\n" for row in TEXT), encoding="utf-8")
+    text.write_text("\n".join(task_models.TEXT), encoding="utf-8")
+    short = {"density": 0.2, "batch_size": 3, "max_length": 16}
+    phi = train(
+        *(text, base, tmp_path / "language.safetensors"),
+        recipe=recipe("lt-sft-language", steps=2, lr=0.01, evaluate_every=None, **short),
+    ).path
+    made = train(
+        *(data, base, tmp_path / "task.safetensors"),
+        recipe=recipe("lt-sft-sentiment", steps=(4, 40), lr=0.01, evaluate_every=40, **short),
+        valid=data,
+        sft=phi,
+        options={"metric": "accuracy", **options},
+        seed=1,
+    )
+    (row,) = evaluate(base, made.path, data, langs=[phi])
+    assert row["accuracy"] == made.phases[-1]["best"] > 0.6
+    assert any("pooler" in name for name in made.delta.layout.names) == (not options)
 
 
 def test_a_pooler_that_the_base_lacks_is_of_the_base(tmp_path):
