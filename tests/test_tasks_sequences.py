@@ -70,8 +70,7 @@ def test_macro_f1_can_choose(bases):
     task = TASK(metric="f1")
     assert task.greater_is_better
     assert dataclasses.asdict(task) == {
-        "metric": "f1", "text": "text", "pair": None, "label": "label",
-        "pooling": None, "scale": 1.0,
+        "metric": "f1", "text": "text", "pair": None, "label": "label", "pooling": None
     }  # fmt: skip
     assert TASK(**dataclasses.asdict(task)) == task
 
@@ -89,7 +88,7 @@ def test_heads_have_two_layers_on_the_first_piece(bases):
 
 @pytest.mark.parametrize("base", BASES)
 def test_the_mean_of_the_states_can_be_read(bases, base):
-    task = TASK(pooling="mean", scale=4.0)
+    task = TASK(pooling="mean")
     labels, tokenizer = task.labels(TEXT), task.tokenizer(bases[base])
     model = task.build(bases[base], labels).eval()
     assert not any("pooler" in name for name, _ in model.named_parameters())
@@ -98,7 +97,7 @@ def test_the_mean_of_the_states_can_be_read(bases, base):
     (layer,) = (m for m in model.children() if isinstance(m, torch.nn.Linear))
     inputs = {k: torch.tensor([v]) for k, v in features[0].items() if k != "labels"}
     states = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state
-    wanted = 4.0 * layer(states.mean(1))
+    wanted = layer(states.mean(1))
     assert torch.allclose(task.scores(model, inputs), wanted, rtol=0, atol=1e-5)
     loss = task.loss(model, {**inputs, "labels": torch.tensor([features[0]["labels"]])})
     assert torch.allclose(loss, -wanted.log_softmax(1)[0, features[0]["labels"]], atol=1e-5)
@@ -123,7 +122,7 @@ def test_a_tuned_mean_is_read_again(bases, tmp_path):
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{}, {"pooling": "mean", "scale": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"pooling": "mean"}])
 def test_a_run_is_scored_as_it_was_trained(tmp_path, options):
     """On a base without a pooler, with a seed that is not the default, on an SFT of a language."""
     base = task_models.bert(tmp_path / "bert")
@@ -195,9 +194,5 @@ def test_errors(bases):
         TASK(metric="las")
     with pytest.raises(ValueError, match="pooling is 'max'; it must be \"mean\", or none"):
         TASK(pooling="max")
-    with pytest.raises(ValueError, match="scale is 0; it must be positive"):
-        TASK(pooling="mean", scale=0)
-    with pytest.raises(ValueError, match='scale is of pooling="mean"'):
-        TASK(scale=2.0)
     with pytest.raises(DataError, match="holds no example"):
         task.encode(Examples([]), task.tokenizer(bases["bert"]), 8, labels=["a", "b"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -51,8 +50,6 @@ class SequenceClassification(Task):
         pair: The field that holds the second text, or the hypothesis.
         label: The field that holds the label.
         pooling: "mean", or None: as transformers' head has it.
-        scale: Of the mean's scores: a factor on what the head reads. The states of a sentence
-            encoder lie close together, and with 10 one learning rate serves both.
     """
 
     name: ClassVar[str] = "sequences"
@@ -64,17 +61,12 @@ class SequenceClassification(Task):
     pair: str | None = None
     label: str = "label"
     pooling: str | None = None
-    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.metric not in ("accuracy", "f1"):
             raise ValueError(f'metric is {self.metric!r}; sequences have "accuracy" and "f1"')
         if self.pooling not in (None, "mean"):
             raise ValueError(f'pooling is {self.pooling!r}; it must be "mean", or none')
-        if not 0 < self.scale < inf:
-            raise ValueError(f"scale is {self.scale!r}; it must be positive")
-        if self.scale != 1 and self.pooling is None:
-            raise ValueError(f'scale is of pooling="mean"; found {self.scale!r} without it')
 
     def checked(self, examples: Examples) -> Examples:
         rows = []
@@ -122,7 +114,7 @@ class SequenceClassification(Task):
             return found
         read = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         weight = read[..., None].float()
-        return self.scale * (found * weight).sum(1) / weight.sum(1)
+        return (found * weight).sum(1) / weight.sum(1)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         if self.pooling is None:
