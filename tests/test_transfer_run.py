@@ -1,0 +1,278 @@
+"""Whole runs of the transfer benchmark on a tiny model: rows, parts, stops, lines."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("seqeval")
+
+from tiny_transfer import tiny_base, tiny_dataset, tiny_settings
+
+from benchmarks.transfer import run as runs
+from benchmarks.transfer import scores, tune
+from benchmarks.transfer.arms import ARMS, by_method
+from benchmarks.transfer.dataset import DatasetError
+from benchmarks.transfer.run import OutOfTime, Row, Run, Sft, deadline
+from sparse_ft.tasks.runner import evaluate, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A folder with data and a base model, and the run of all arms in both targets."""
+    folder = tmp_path_factory.mktemp("transfer")
+    tiny_dataset(folder / "data")
+    tiny_base(folder / "base")
+    return folder
+
+
+def opened(there, **options):
+    options = {"store": there / "store.jsonl", **options}
+    dataset = runs.Dataset.load(there / "data")
+    settings = options.pop("settings", tiny_settings())
+    folder = options.pop("folder", there / "runs")
+    return Run(dataset, there / "base", settings, folder, size="quick", **options)
+
+
+@pytest.fixture(scope="module")
+def done(there):
+    study = opened(there)
+    rows = study.rows([0], ["xx", "yy"], list(ARMS))
+    return study, rows, study.go(rows)
+
+
+def test_every_arm_has_a_line(done):
+    study, rows, lines = done
+    assert [(line["language"], line["arm"]) for line in lines] == [
+        (language, arm) for language in ("xx", "yy") for arm in ARMS
+    ]
+    assert study.pending(rows) == []
+
+
+def test_a_line_says_all_that_a_report_needs(done):
+    study, _, lines = done
+    for line in lines:
+        assert json.loads(json.dumps(line)) == line
+        assert (line["schema"], line["kind"], line["part"]) == (1, "transfer", "arms")
+        assert (line["experiment"], line["size"], line["seed"]) == ("tiny", "quick", 0)
+        assert (line["metric"], line["n"]) == ("accuracy", 12)
+        assert line["data"] == {"content": study.dataset.content, "packages": {"mediawiki": "1"}}
+        assert line["settings"]["base"] == "base"
+        assert line["settings"]["versions"].keys() == {
+            "sparse_ft", "torch", "transformers", "python"
+        }  # fmt: skip
+        assert line["seconds"] > 0
+        # The score is that of the counts, and of a view those words count that it labels.
+        total = [sum(column) for column in zip(*line["counts"], strict=True)]
+        assert line["score"] == pytest.approx(total[0] / total[1])
+        seen = [sum(column) for column in zip(*line["view_counts"]["unambiguous"], strict=True)]
+        assert line["views"]["unambiguous"] == pytest.approx(seen[0] / seen[1])
+        assert 0 < seen[1] < total[1]
+    assert len({line["key"] for line in lines}) == len(lines)
+
+
+def test_scores_are_those_of_the_command(there, done):
+    study, _, lines = done
+    task, language = Sft(0, "lt"), Sft(0, "lt", "yy")
+    (found,) = evaluate(
+        *(there / "base", study.path(task), study.dataset.test["xx"]), langs=[study.path(language)]
+    )
+    line = next(x for x in lines if (x["arm"], x["language"]) == ("wrong-language", "xx"))
+    assert line["score"] == pytest.approx(found["accuracy"], abs=1e-12)
+
+
+def test_lines_are_stored_once_with_what_is_resampled(there, done):
+    study, rows, lines = done
+    for path in (there / "store.jsonl", study.folder / "lines.jsonl"):
+        stored = runs.read(path)
+        assert [line for line in stored if line["part"] == "arms"] == lines
+        groups = [line for line in stored if line["part"] == "groups"]
+        assert [line["language"] for line in groups] == ["xx", "yy"]
+        assert groups[0]["groups"] == scores.group_ids([f"key-{i // 2}" for i in range(12)])
+    before = (there / "store.jsonl").read_bytes()
+    assert study.go(rows) == lines
+    assert (there / "store.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_trains_nothing(there, done, monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("it was done already")
+
+    monkeypatch.setattr(runs, "train", never)
+    monkeypatch.setattr(runs, "evaluate", never)
+    _, rows, lines = done
+    assert opened(there).go(rows) == lines
+
+
+# --- what is trained, and on what ----------------------------------------------------------------
+
+
+def test_a_chain_is_of_one_method(done):
+    study, _, _ = done
+    assert study.needs(Row(0, "xx", "random")) == [
+        Sft(0, "random", "en"), Sft(0, "random"), Sft(0, "random", "xx")
+    ]  # fmt: skip
+    assert study.needs(Row(0, "xx", "full-tuning")) == [Sft(0, "full")]
+    assert study.needs(Row(0, "yy", "wrong-language"))[-1] == Sft(0, "lt", "xx")
+    assert study.needs(Row(0, "xx", "dense-language"))[-1] == Sft(0, "lt", "xx")
+    delta = runs.sf.SparseDelta.load(study.path(Sft(0, "random")))
+    source = runs.sf.SparseDelta.load(study.path(Sft(0, "random", "en")))
+    assert delta.meta["trained_on"] == [{"id": source.content_id, "alpha": 1.0}]
+
+
+def test_the_wrong_language_is_another_target_whatever_was_asked_for(there, done):
+    study, _, _ = done
+    assert (study.other("xx"), study.other("yy"), study.other("zz")) == ("yy", "xx", "xx")
+    rows = study.rows([0], ["xx"], ["wrong-language"])
+    assert Sft(0, "lt", "yy") in study.needs(rows[0])
+
+    def with_targets(*targets):
+        study = opened(there)
+        text = {**study.dataset.text, "qq": study.dataset.text["xx"]}
+        test = {**study.dataset.test, "qq": study.dataset.test["xx"]}
+        study.dataset = replace(study.dataset, targets=targets, text=text, test=test)
+        return study
+
+    assert [with_targets("xx", "yy", "qq").other(x) for x in ("xx", "yy", "qq")] == [
+        *("yy", "xx", "yy")
+    ]
+    assert with_targets("xx").other("xx") == "zz"
+
+
+def test_the_dense_vector_is_the_fully_tuned_model(done):
+    """It has more entries than the SFT, and the SFT's are among them."""
+    study, _, _ = done
+    sft = Sft(0, "lt", "xx")
+    dense, sparse = study._dense(sft), runs.sf.SparseDelta.load(study.path(sft))
+    assert dense.nnz > 2 * sparse.nnz
+    both = runs.sf.overlap([dense, sparse]).both[0, 1]
+    assert both >= 0.99 * sparse.nnz
+
+
+def test_full_tuning_gets_the_passes_of_both_phases():
+    recipe = tiny_settings().task
+    assert by_method(recipe, "full").steps == (12, 12)
+    assert by_method(recipe.changed(epochs=(1, 2)), "full").epochs == (3, 3)
+    assert by_method(recipe, "bias").density is None
+
+
+def test_an_unknown_language_is_refused(done):
+    study, _, _ = done
+    with pytest.raises(DatasetError, match="no language 'qq'; it has xx, yy, zz, en"):
+        study.rows([0], ["qq"], ["composed"])
+
+
+# --- the other parts ----------------------------------------------------------------------------
+
+
+def test_ladder_grid_and_overlap(there, done):
+    study, _, _ = done
+    lines = study.go(study.rows([0], ["xx"], [], ["ladder", "grid", "overlap"]))
+    by_part = {part: [x for x in lines if x["part"] == part] for part in runs.PARTS}
+    assert [(x["arm"], x["of"], x["density"]) for x in by_part["ladder"]] == [
+        *[("task-only", "task", 0.1), ("composed", "task", 0.1), ("composed", "both", 0.1)],
+        *[("task-only", "task", 0.2), ("composed", "task", 0.2), ("composed", "both", 0.2)],
+    ]
+    assert {(x["language_density"], x["task_density"]) for x in by_part["grid"]} == {
+        (a, b) for a in (0.1, 0.2) for b in (0.1, 0.2)
+    }
+    pairs = {(x["first"], x["second"]): x for x in by_part["overlap"]}
+    assert pairs.keys() == {("en", "xx"), ("en", "task"), ("xx", "task")}
+    one, other = (runs.sf.SparseDelta.load(study.path(Sft(0, "lt", x))) for x in ("en", "xx"))
+    assert pairs["en", "xx"]["shared"] == runs.sf.overlap([one, other]).both[0, 1]
+
+
+def test_settings_are_chosen_on_development_data_alone(there, done):
+    study, _, _ = done
+    rows = tune.candidates([0], ["zz"])
+    assert {(row.language, row.part) for row in rows} == {("zz", "tune")}
+    few = [rows[0], rows[-1]]
+    lines = study.go(few)
+    assert [line["n"] for line in lines] == [10, 10]
+    assert lines[0]["weight"] == 0.5
+    assert lines[1]["options"] == {"embeddings": True, "rank": "var:0.9"}
+    said = tune.chosen(lines)
+    assert said[0].startswith("composed weight=0.5: ")
+
+
+# --- stops --------------------------------------------------------------------------------------
+
+
+def without_times(lines):
+    # A score of two runs is the same; when it was found, and how long that took, is not.
+    return [{k: v for k, v in line.items() if k not in ("date", "seconds")} for line in lines]
+
+
+def test_a_killed_run_continues_to_the_same_lines(there, done, tmp_path):
+    """Killed in the middle of a training, without warning; the lines are those of one go."""
+    _, _, lines = done
+    wanted = [x for x in lines if x["language"] == "xx" and x["arm"] in ("task-only", "composed")]
+    code = f"""
+import sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]!r}
+from pathlib import Path
+from tiny_transfer import tiny_settings
+from benchmarks.transfer.dataset import Dataset
+from benchmarks.transfer.run import Run
+study = Run(Dataset.load({str(there / "data")!r}), {str(there / "base")!r}, tiny_settings(),
+            {str(tmp_path)!r}, size="quick", store=Path({str(tmp_path / "store.jsonl")!r}))
+study.go(study.rows([0], ["xx"], ["task-only", "composed"]))
+"""
+    child = subprocess.Popen([sys.executable, "-c", code])
+    while child.poll() is None and not list(tmp_path.glob("*/seed0/task-*.run/log.jsonl")):
+        time.sleep(0.002)
+    child.kill()
+    child.wait()
+    assert child.returncode == -signal.SIGKILL
+    study = Run(
+        *(runs.Dataset.load(there / "data"), there / "base", tiny_settings(), tmp_path),
+        size="quick",
+        store=tmp_path / "store.jsonl",
+    )
+    assert study.path(Sft(0, "lt", "en")).exists()
+    assert not study.path(Sft(0, "lt")).exists()
+    study.go(study.rows([0], ["xx"], ["task-only", "composed"]))
+    found = [x for x in runs.read(tmp_path / "store.jsonl") if x["part"] == "arms"]
+    assert without_times(found) == without_times(wanted)
+
+
+def test_the_deadline_ends_a_run_that_goes_on_later(there, done, tmp_path, monkeypatch):
+    study = opened(there, store=None, folder=tmp_path)
+    rows = study.rows([0], ["xx"], ["task-only"])
+
+    def ringing(*args, **options):
+        # Once more, as a callback of the interpreter may swallow the first.
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.5)
+        return train(*args, **options)
+
+    with monkeypatch.context() as patch, deadline(60):
+        patch.setattr(runs, "train", ringing)
+        with pytest.raises(OutOfTime):
+            study.go(rows)
+    assert len(study.pending(rows)) == 3
+    assert len(study._spent(0)) == 1
+    (line,) = study.go(rows)
+    assert without_times([line]) == without_times(done[2][:1])
+
+
+def test_what_a_deadline_leaves_is_as_before():
+    before = signal.getsignal(signal.SIGALRM)
+    with deadline(1):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 50
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_line_that_was_never_finished_does_no_harm(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"key": "a"}\n{"key": "b", "sc')
+    runs.append(path, [{"key": "a"}, {"key": "c"}])
+    assert runs.read(path) == [{"key": "a"}, {"key": "c"}]
