@@ -121,6 +121,8 @@ def test_a_chain_is_of_one_method(done):
         Sft(0, "random", "en"), Sft(0, "random"), Sft(0, "random", "xx")
     ]  # fmt: skip
     assert study.needs(Row(0, "xx", "full-tuning")) == [Sft(0, "full")]
+    assert study.needs(Row(0, "yy", "source-language"))[-1] == Sft(0, "lt")
+    assert study._pair(Row(0, "yy", "source-language"))[1] == Sft(0, "lt", "en")
     assert study.needs(Row(0, "yy", "wrong-language"))[-1] == Sft(0, "lt", "xx")
     assert study.needs(Row(0, "xx", "dense-language"))[-1] == Sft(0, "lt", "xx")
     delta = runs.sf.SparseDelta.load(study.path(Sft(0, "random")))

@@ -54,7 +54,8 @@ class Arm:
         task: Method of the task's SFT, and of the source language's, on which it is trained.
         language: Method of the language's SFT; "dense": the fully tuned model of "lt" minus the
             base; None: there is none.
-        other: The language's SFT is that of another target.
+        whose: Language of the language's SFT: the "own" of the test data, that of an "other" target,
+            or the "source" language, on whose SFT the task was learnt.
         weighted: The language's SFT has the weight that was chosen on development languages.
         rule: Rule of `sparse_ft.merge` by which the two become one, in place of their sum.
         options: Of the rule.
@@ -64,7 +65,7 @@ class Arm:
     about: str
     task: str = "lt"
     language: str | None = None
-    other: bool = False
+    whose: str = "own"
     weighted: bool = False
     rule: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +76,8 @@ ARMS: dict[str, Arm] = {
     for arm in (
         Arm("task-only", "task SFT alone"),
         Arm("composed", "task SFT + language SFT", language="lt"),
-        Arm("wrong-language", "task SFT + another language's SFT", language="lt", other=True),
+        Arm("wrong-language", "task SFT + another language's SFT", language="lt", whose="other"),
+        Arm("source-language", "task SFT + the source language's SFT", language="lt", whose="source"),
         Arm("random-task-only", "RAND-SFT of the task alone", task="random"),
         Arm("random", "RAND-SFT: both masks at random", task="random", language="random"),
         Arm("denoised-task-only", "DeFT-X of the task alone", task=DENOISED),

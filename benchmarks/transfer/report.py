@@ -42,6 +42,7 @@ TASK_ONLY, COMPOSED = "task-only", "composed"
 CLAIMS = (
     (COMPOSED, TASK_ONLY, "a language's SFT carries the task to its language"),
     (COMPOSED, "wrong-language", "it has to be that language's SFT"),
+    (COMPOSED, "source-language", "the SFT that the task was learnt on does not bring as much"),
     (COMPOSED, "random", "chosen entries are better than random ones"),
     ("denoised", COMPOSED, "DeFT-X is better than LT-SFT"),
     (COMPOSED, "dense-language", "a sparse language vector is better than a dense one"),

@@ -223,7 +223,7 @@ class Run:
                     found += [
                         Row(seed, language, arm)
                         for arm in arms
-                        if not ARMS[arm].other or self.other(language) is not None
+                        if self._whose(ARMS[arm], language) is not None
                     ]
         if "ladder" in parts:
             for seed in seeds:
@@ -256,6 +256,14 @@ class Run:
             return next(iter(self.dataset.development), None)
         return targets[i ^ 1 if i ^ 1 < len(targets) else i - 1]
 
+    def _whose(self, arm: Arm, language: str) -> str | None:
+        """The language whose SFT an arm takes; None where there is none."""
+        if arm.whose == "other":
+            return self.other(language)
+        if arm.whose == "source":
+            return self.dataset.source if self.dataset.source in self.dataset.text else None
+        return language
+
     def needs(self, piece: Piece) -> list[Sft]:
         """The SFTs that a piece is made of, each after those that it needs itself."""
         if isinstance(piece, Sft):
@@ -286,7 +294,7 @@ class Run:
         if arm.language is None:
             return task, None
         method = "lt" if arm.language == DENSE else arm.language
-        whose = self.other(row.language) if arm.other else row.language
+        whose = self._whose(arm, row.language)
         options = self._options(method, row)
         return task, Sft(row.seed, method, whose, row.language_density, options)
 
