@@ -402,7 +402,8 @@ def pos_data(wiki, monkeypatch):
     keys = [f"key{i}" for i in range(40)]
     languages = {*pos.ANALYSERS, *pos.STAGE0}
     texts = {
-        language: {CORE: {key: f"{language} a{key} b{key} c." for key in keys}} for language in languages
+        language: {CORE: {key: f"{language} a{key} b{key} c." for key in keys}}
+        for language in languages
     }
     texts["frp"][CORE] |= {TEST: "z z z a", OTHER_TEST: "too short", LOST: "lost a b c"}
     return Fake(wiki(texts)), keys

@@ -111,6 +111,11 @@ def test_no_language_is_in_two_roles():
         assert not {*module.TARGETS} & {*module.DEVELOPMENT, *module.STAGE0}
 
 
+def say(language, topic, key):
+    """A message that is near no other: two words are the key's, and two the language's."""
+    return f"{language} {topic} text in {language} {key} of {key}"
+
+
 @pytest.fixture
 def wiki(tmp_path):
     """Messages in English and three languages, the same keys in all."""
@@ -121,9 +126,7 @@ def wiki(tmp_path):
     }
     for language in ("en", "xx", "yy", "zz"):
         texts = {
-            key: f"{language} {topic} text of {key}"
-            for (topic, _), some in keys.items()
-            for key in some
+            key: say(language, topic, key) for (topic, _), some in keys.items() for key in some
         }
         write_messages(tmp_path, language, texts)
     return tmp_path, keys
@@ -138,7 +141,7 @@ def test_topics(wiki):
     root, keys = wiki
     made = build_topics(root)
     assert (made.source, made.targets, made.development) == ("en", ("xx",), ("yy",))
-    wanted = [(f"en {t} text of {k}", t) for t in ("deletion", "media") for k in keys[t, "train"]]
+    wanted = [(say("en", t, k), t) for t in ("deletion", "media") for k in keys[t, "train"]]
     assert sorted((row["text"], row["label"]) for row in rows(made.train)) == sorted(wanted)
     for language in ("en", "xx", "yy"):
         wanted = [key for topic in ("deletion", "media") for key in keys[topic, "test"]]
@@ -150,6 +153,7 @@ def test_topics(wiki):
             for key in some]  # fmt: skip
     for language, path in [*made.text.items(), ("zz", made.stage0[1])]:
         assert sorted(line.split()[-1] for line in lines(path)) == sorted(free), language
+        assert lines(keys_path(path)) == [line.split()[-1] for line in lines(path)]
     assert Dataset.load(root / "built").content == made.content
     assert build_topics(root, "again").content == made.content
 
@@ -164,7 +168,10 @@ def test_what_reads_like_a_held_out_message_is_not_trained_on(wiki):
     # Keys with the English text of a test message, and a text of stage 0 that one has in a target.
     english[labelled] = english[held].upper() + "!"
     english[keys["media", "dev"][1]] = english[held]
-    other[free] = f"xx media text of {held}"
+    other[free] = say("xx", "media", held)
+    # One that differs from a test message in a word, though its key is free.
+    near = keys[None, "train"][1]
+    other[near] = say("xx", "media", held).replace("text", "page")
     write_messages(root, "en", english)
     write_messages(root, "zz", other)
     mediawiki.messages.cache_clear()
@@ -174,15 +181,35 @@ def test_what_reads_like_a_held_out_message_is_not_trained_on(wiki):
     assert keys["media", "dev"][1] not in lines(keys_path(made.dev))
     assert not any(labelled in line for path in made.text.values() for line in lines(path))
     assert other[free] not in lines(made.stage0[1])
+    assert other[near] not in lines(made.stage0[1])
+    assert any(near in line for line in lines(made.text["xx"]))
     assert any(free in line for line in lines(made.text["xx"]))
 
 
-def test_a_planted_twin_is_found(wiki, monkeypatch):
+@pytest.mark.parametrize("what", ["text", "key"])
+def test_a_planted_twin_is_found(wiki, monkeypatch, what):
+    """By its text; and by its key alone, where another language says it in other words."""
     root, _ = wiki
-    monkeypatch.setattr(topics, "_held", lambda found: (set(), set()))
+    held = topics._held
+
+    def forgetful(found):
+        if what == "text":
+            return set(), set()
+        return set(), held({code: some for code, some in found.items() if code != "zz"})[1]
+
+    monkeypatch.setattr(topics, "_held", forgetful)
     with pytest.raises(AssertionError, match=r"topics: .* held-out items are trained on"):
         build_topics(root)
     assert not (root / "built" / "manifest.json").exists()
+
+
+def test_each_two_targets_are_each_others_wrong_language(packages, tmp_path):
+    """With about as much text, as what is compared is the language and not the amount."""
+    few = {"development": [], "stage0": ["en"]}
+    made = topics.build(tmp_path, packages, targets=topics.TARGETS[:14], **few)
+    words = [made.about["counts"][code]["text"]["words"] for code in made.targets]
+    for one, other in zip(words[::2], words[1::2], strict=True):
+        assert max(one, other) < 1.5 * min(one, other)
 
 
 # --- intents ------------------------------------------------------------------------------------

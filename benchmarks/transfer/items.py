@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.transfer.mediawiki import Message
 from benchmarks.transfer.twins import identity, keys_path
 from sparse_ft.quickstart.store import write_text
 
-__all__ = ["Item", "counts", "distinct", "write_items", "write_lines"]
+__all__ = ["Item", "counts", "distinct", "write_items", "write_lines", "write_messages"]
 
 
 class Item(NamedTuple):
@@ -69,6 +70,13 @@ def write_items(path: Path, items: Iterable[Item]) -> Path:
     write_lines(keys_path(path), (item.key for item in some))
     rows = ({"text": item.text, "label": item.label} for item in some)
     return write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def write_messages(path: Path, messages: Iterable[Message]) -> Path:
+    """Writes the texts of messages, one line each, and their keys beside them."""
+    some = list(messages)
+    write_lines(keys_path(path), (message.key for message in some))
+    return write_lines(path, (message.text for message in some))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> Path:

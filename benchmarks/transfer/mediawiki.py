@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks.transfer.twins import identity, near
+from benchmarks.transfer.twins import forms, identity
 
 __all__ = [
     "ENGLISH",
@@ -215,7 +215,7 @@ def training(package: Path, language: str, held: Container[str]) -> list[Message
     english = {message.key: message.text for message in messages(package, ENGLISH)}
 
     def free(text: str) -> bool:
-        return not any(form in held for form in _forms(text))
+        return not any(form in held for form in forms(text))
 
     return distinct(
         message
@@ -238,9 +238,5 @@ def held_out(package: Path, languages: Iterable[str]) -> set[str]:
         for language in {ENGLISH, *languages}
         for message in messages(package, language)
         if split(message.key) != "train"
-        for form in _forms(message.text)
+        for form in forms(message.text)
     }
-
-
-def _forms(text: str) -> set[str]:
-    return {identity(text), *near(text)}

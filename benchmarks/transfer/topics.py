@@ -2,7 +2,7 @@
 
 A message's folder and key tell its topic, the same in every language. A message with a topic whose
 key is not in the training part is held out in all languages, and so is whatever reads like it in
-any of them; the unlabelled text of a language is what is left.
+any of them, but for one word at most; the unlabelled text of a language is what is left.
 """
 
 from __future__ import annotations
@@ -13,26 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.transfer.dataset import Dataset
-from benchmarks.transfer.items import Item, counts, distinct, write_items, write_lines
+from benchmarks.transfer.items import Item, counts, distinct, write_items, write_messages
 from benchmarks.transfer.mediawiki import ENGLISH, Message, messages, split
 from benchmarks.transfer.mediawiki import distinct as distinct_messages
 from benchmarks.transfer.packages import Packages
-from benchmarks.transfer.twins import identity, keys_path, twins
+from benchmarks.transfer.twins import forms, identity, keys_path, near_twins, twins
 
 __all__ = ["DEVELOPMENT", "NEEDS", "RULES", "STAGE0", "TARGETS", "Rule", "build", "items", "topic"]
 
-VERSION = 2
+VERSION = 3
 """Raised when the same packages give other data."""
 
 NEEDS = ("mediawiki",)
 """The packages that `build` takes."""
 
 TARGETS = (
-    *("hsb", "se", "myv", "kv", "olo", "mt", "fo", "bxr", "ban", "min", "bjn", "ig", "yo", "qu"),
-    *("lb", "ba", "lij", "frp", "pms", "lmo", "nap", "sah", "cv", "tt-cyrl", "tyv", "udm", "mdf"),
-    *("mhr", "ilo", "kab", "an", "krc"),
+    *("hsb", "se", "myv", "mt", "kv", "bxr", "olo", "ig", "fo", "bjn", "ban", "yo", "min", "qu"),
+    *("lb", "pms", "lij", "ilo", "lmo", "ba", "nap", "krc", "frp", "tt-cyrl", "tyv", "mdf"),
+    *("cv", "udm", "sah", "mhr", "an", "kab"),
 )
-"""None is among XLM-R's languages. The first fourteen are of the papers of LT-SFT and DeFT-X."""
+"""None is among XLM-R's languages. The first fourteen are of the papers of LT-SFT and DeFT-X.
+
+Each two are each other's wrong language: no kin, and with about as much text."""
 
 DEVELOPMENT = ("bcl", "ksh", "tk", "vep")
 """Likewise, kin of targets: Central Bikol, Ripuarian, Turkmen and Veps, to choose settings on."""
@@ -152,7 +154,7 @@ def build(
     found = {code: messages(tree, code) for code in dict.fromkeys([*tested, *stage0])}
     keys, texts = _held(found)
     free = {
-        code: [m for m in some if m.key not in keys and identity(m.text) not in texts]
+        code: [m for m in some if m.key not in keys and texts.isdisjoint(forms(m.text))]
         for code, some in found.items()
     }
     parts = {(code, "test"): items(found[code], "test") for code in tested}
@@ -165,7 +167,7 @@ def build(
         for (code, part), some in parts.items()
     }
     text = {
-        code: write_lines(folder / f"text/{code}.txt", (m.text for m in distinct_messages(some)))
+        code: write_messages(folder / f"text/{code}.txt", distinct_messages(some))
         for code, some in free.items()
     }
     test = {code: files[code, "test"] for code in tested}
@@ -192,15 +194,15 @@ def build(
             "labels": "by the folders and keys of messages",
         },
     )
-    if there := twins(dataset):
+    if there := [*twins(dataset), *near_twins(dataset)]:
         raise AssertionError(f"topics: {len(there)} held-out items are trained on, as {there[0]}")
     return dataset.save(folder)
 
 
 def _held(found: Mapping[str, Sequence[Message]]) -> tuple[set[str], set[str]]:
-    """The keys of what is held out, and `identity` of its texts in all languages."""
+    """The keys of what is held out, and the `forms` of its texts in all languages."""
     out = [m for some in found.values() for m in some if split(m.key) != "train" and topic(m)]
-    texts = {identity(message.text) for message in out}
+    texts = {form for message in out for form in forms(message.text)}
     # A message that reads like a held-out one in English means the same in other words elsewhere.
-    alike = (message for message in found[ENGLISH] if identity(message.text) in texts)
+    alike = (m for m in found[ENGLISH] if not texts.isdisjoint(forms(m.text)))
     return {message.key for message in (*out, *alike)}, texts

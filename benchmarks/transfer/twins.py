@@ -14,7 +14,7 @@ from typing import NamedTuple
 from benchmarks.transfer.dataset import Dataset
 from sparse_ft.tasks import data
 
-__all__ = ["Twin", "identity", "keys_path", "near", "near_twins", "twins"]
+__all__ = ["Twin", "forms", "identity", "keys_path", "near", "near_twins", "twins"]
 
 _WORD = re.compile(r"[^\W_]+")
 _FEWEST = 3
@@ -57,6 +57,11 @@ def near(text: str) -> set[str]:
     if len(words) < _FEWEST:
         return set()
     return {" ".join(words), *(" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)))}
+
+
+def forms(text: str) -> set[str]:
+    """What a text shares with its twins, and with such as differ in one word at most."""
+    return {identity(text), *near(text)}
 
 
 def keys_path(path: Path) -> Path:
