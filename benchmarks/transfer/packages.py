@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -120,6 +121,27 @@ class Packages:
         """
         return self._of(name)[0]
 
+    def keep(self, name: str) -> Path:
+        """As `get`, but in the folder: what is installed is copied there.
+
+        So the folder alone does on another machine.
+
+        Args:
+            name: A key of `PINNED`.
+
+        Raises:
+            PackageError: It cannot be had, or only in another version.
+            OSError: It cannot be copied.
+        """
+        tree, about = self._of(name)
+        if unpacked := self._unpacked(name):
+            return unpacked[0]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+            copy = Path(temporary) / "tree"
+            shutil.copytree(tree, copy / tree.name, ignore=shutil.ignore_patterns("__pycache__"))
+            return self._place(name, about["version"], copy)
+
     def about(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What was used: version, licence and SHA-256 of the file that proves each package.
 
@@ -218,12 +240,16 @@ class Packages:
         )
 
     def _unpack(self, name: str, archive: Path, version: str, tree: Path) -> Path:
-        """Unpacks an archive into `tree`, which moves to its place when it is whole."""
+        """Unpacks an archive into `tree`, which then moves to its place."""
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
                 wheel.extractall(tree)
         elif reason := _run(["dpkg-deb", "-x", str(archive), str(tree)], self.folder):
             raise PackageError(f"{archive} cannot be unpacked ({reason})")
+        return self._place(name, version, tree)
+
+    def _place(self, name: str, version: str, tree: Path) -> Path:
+        """Moves a tree that is whole to where it is looked for."""
         stamp = {"name": name, "version": version}
         (tree / "package.json").write_text(json.dumps(stamp), encoding="utf-8")
         place = self.folder / f"{name}@{version.replace(':', '%3a')}"
@@ -264,7 +290,7 @@ def _candidate(name: str) -> str | None:
             timeout=_TIMEOUT,
             env={**os.environ, "LC_ALL": "C"},
         )
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     for line in policy.stdout.splitlines():
         if line.strip().startswith("Candidate:"):
