@@ -159,11 +159,24 @@ def test_the_dense_vector_is_the_fully_tuned_model(done):
     assert both >= 0.99 * sparse.nnz
 
 
-def test_full_tuning_gets_the_passes_of_both_phases():
+def test_what_has_one_phase_gets_the_passes_of_both(done):
     recipe = tiny_settings().task
-    assert by_method(recipe, "full").steps == (12, 12)
-    assert by_method(recipe.changed(epochs=(1, 2)), "full").epochs == (3, 3)
+    for method in ("full", "bias"):
+        assert by_method(recipe, method).steps == (12, 12)
+        assert by_method(recipe.changed(epochs=(1, 2)), method).epochs == (3, 3)
     assert by_method(recipe, "bias").density is None
+    # But for RAND-SFT, which is LT-SFT without what selects.
+    assert by_method(recipe, "random").lengths()[1] == recipe.lengths()[1]
+    study, _, _ = done
+
+    def steps(method):
+        """Of the training, the source's SFT aside."""
+        path = study.path(Sft(0, method)).with_suffix(".run") / "log.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        return {(r["phase"], r["step"]) for r in records if "loss" in r}
+
+    assert {max(s for p, s in steps(m)) for m in ("bias", "full")} == {12}
+    assert {p for p, _ in steps("bias")} == {"sparse"}
 
 
 def test_an_unknown_language_is_refused(done):

@@ -9,6 +9,7 @@ from typing import Any
 from sparse_ft.tasks.recipes import Recipe
 
 FULL = "full"
+BIAS = "bias"
 DENSE = "dense"
 DENOISED = "denoised"
 
@@ -16,11 +17,13 @@ METHODS: dict[str, Mapping[str, Any]] = {
     "lt": {},
     "random": {"criterion": "random"},
     DENOISED: {"criterion": "denoised"},
-    "bias": {"criterion": "bias"},
+    BIAS: {"criterion": "bias"},
     FULL: {"full": True},
 }
 """Method → what it changes of a recipe. "lt" is LT-SFT, "denoised" DeFT-X, "bias" BitFit."""
 
+ALONE = (FULL, BIAS)
+"""Methods that are no part of LT-SFT."""
 SHARING = ("lt", DENOISED)
 """Methods that choose from a fully tuned model: with the same data below, they share it."""
 
@@ -34,12 +37,13 @@ def by_method(recipe: Recipe, method: str, options: Mapping[str, Any] | None = N
         options: Of its criterion.
 
     Returns:
-        The recipe. Full tuning has one phase, which gets the passes of both.
+        The recipe. Full tuning and BitFit have one phase, which gets the passes of both; "random"
+        has the sparse phase of "lt", to tell what the selection does (LT-SFT, §4.1).
     """
     changes = dict(METHODS[method])
-    if method == FULL and recipe.epochs is not None:
+    if method in ALONE and recipe.epochs is not None:
         changes["epochs"] = sum(recipe.epochs)
-    elif method == FULL and recipe.steps is not None:
+    elif method in ALONE and recipe.steps is not None:
         changes["steps"] = sum(recipe.steps)
     return recipe.changed(**changes, **({"criterion_options": options} if options else {}))
 
@@ -85,7 +89,7 @@ ARMS: dict[str, Arm] = {
         Arm("dense-language", "task SFT + dense language vector", language=DENSE),
         Arm("weighted", "task SFT + weighted language SFT", language="lt", weighted=True),
         Arm("ties", "both merged by TIES", language="lt", rule="ties"),
-        Arm("bitfit", "BitFit: the biases alone", task="bias", language="bias"),
+        Arm("bitfit", "BitFit: the biases alone", task=BIAS, language=BIAS),
         Arm("full-tuning", "plain fine-tuning on the task", task=FULL),
     )
 }
