@@ -328,7 +328,8 @@ def denoised(
 
 @criterion
 def random(seed: int | None = None) -> Criterion:
-    """Entries drawn uniformly (RAND-SFT): the same for one seed on every machine.
+    """Entries drawn uniformly (RAND-SFT): the same for one seed on every machine. So SFTs that are
+    to be composed need seeds of their own, or they share every entry.
 
     Args:
         seed: Any integer; default: the one that `select` is given.

@@ -149,6 +149,17 @@ def test_the_wrong_language_is_another_target_whatever_was_asked_for(there, done
     assert with_targets("xx").other("xx") == "zz"
 
 
+def test_random_masks_of_a_seed_are_drawn_apart(done):
+    """Two of N entries, K each, share K²/N of them by chance; of one mask they would share all."""
+    study, _, _ = done
+    names = ("en", "xx", "yy", None)
+    deltas = [runs.sf.SparseDelta.load(study.path(Sft(0, "random", name))) for name in names]
+    for row in runs.sf.overlap(deltas, list(map(str, names))).rows():
+        assert row["both"] == pytest.approx(row["expected"], rel=0.15)
+    again = study.recipe(Sft(1, "random", "xx")).criterion_options
+    assert again != study.recipe(Sft(0, "random", "xx")).criterion_options
+
+
 def test_the_dense_vector_is_the_fully_tuned_model(done):
     """It has more entries than the SFT, and the SFT's are among them."""
     study, _, _ = done

@@ -10,12 +10,13 @@ from sparse_ft.tasks.recipes import Recipe
 
 FULL = "full"
 BIAS = "bias"
+RANDOM = "random"
 DENSE = "dense"
 DENOISED = "denoised"
 
 METHODS: dict[str, Mapping[str, Any]] = {
     "lt": {},
-    "random": {"criterion": "random"},
+    RANDOM: {"criterion": "random"},
     DENOISED: {"criterion": "denoised"},
     BIAS: {"criterion": "bias"},
     FULL: {"full": True},
@@ -82,8 +83,8 @@ ARMS: dict[str, Arm] = {
         Arm("composed", "task SFT + language SFT", language="lt"),
         Arm("wrong-language", "task SFT + another language's SFT", language="lt", whose="other"),
         Arm("source-language", "task SFT + the source language's SFT", language="lt", whose="source"),
-        Arm("random-task-only", "RAND-SFT of the task alone", task="random"),
-        Arm("random", "RAND-SFT: both masks at random", task="random", language="random"),
+        Arm("random-task-only", "RAND-SFT of the task alone", task=RANDOM),
+        Arm("random", "RAND-SFT: both masks at random", task=RANDOM, language=RANDOM),
         Arm("denoised-task-only", "DeFT-X of the task alone", task=DENOISED),
         Arm("denoised", "DeFT-X: both masks denoised", task=DENOISED, language=DENOISED),
         Arm("dense-language", "task SFT + dense language vector", language=DENSE),

@@ -7,6 +7,7 @@ a key of everything that decides it, so that the same command goes on wherever i
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from sparse_ft.tasks.recipes import Recipe
 from sparse_ft.tasks.runner import evaluate, train
 
 from . import scores
-from .arms import ARMS, DENOISED, DENSE, FULL, SHARING, Arm, by_method
+from .arms import ARMS, DENOISED, DENSE, FULL, RANDOM, SHARING, Arm, by_method
 from .dataset import Dataset, DatasetError
 from .experiments import Settings
 
@@ -326,7 +327,13 @@ class Run:
         else:
             own = sft.language == self.dataset.source
             chosen = settings.source if own else settings.language
-        options = dict(sft.options) or (settings.denoised if sft.method == DENOISED else None)
+        options: Mapping[str, Any] | None = dict(sft.options)
+        if sft.method == DENOISED:
+            options = options or settings.denoised
+        elif sft.method == RANDOM:
+            # From one seed all would have one mask, and meet in every entry when composed.
+            told = f"{sft.seed} {'task' if sft.language is None else sft.language}"
+            options = {"seed": int(hashlib.sha256(told.encode()).hexdigest()[:8], 16)}
         chosen = by_method(chosen, sft.method, options)
         if sft.density is not None:
             chosen = chosen.changed(density=sft.density)
