@@ -20,6 +20,7 @@ from benchmarks.transfer import scores, tune
 from benchmarks.transfer.arms import ARMS, by_method
 from benchmarks.transfer.dataset import DatasetError
 from benchmarks.transfer.run import OutOfTime, Row, Run, Sft, deadline
+from sparse_ft.tasks import recipes as presets
 from sparse_ft.tasks.runner import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,6 +177,8 @@ def test_what_has_one_phase_gets_the_passes_of_both(done):
         assert by_method(recipe, method).steps == (12, 12)
         assert by_method(recipe.changed(epochs=(1, 2)), method).epochs == (3, 3)
     assert by_method(recipe, "bias").density is None
+    paper = by_method(presets.recipe("lt-sft-language"), "bias")
+    assert (paper.epochs, paper.min_steps, paper.max_steps) == ((200, 200), 60_000, 200_000)
     # But for RAND-SFT, which is LT-SFT without what selects.
     assert by_method(recipe, "random").lengths()[1] == recipe.lengths()[1]
     study, _, _ = done
@@ -219,6 +222,10 @@ def test_ladder_grid_and_overlap(there, done):
 def test_settings_are_chosen_on_development_data_alone(there, done):
     study, _, _ = done
     rows = tune.candidates([0], ["zz"])
+    # What the experiment has already is not trained again to be tried.
+    default = Row(0, "zz", "denoised", "tune", options=(("rank", "var:0.9"),))
+    assert default in rows
+    assert study.needs(default) == study.needs(Row(0, "zz", "denoised"))
     assert {(row.language, row.part) for row in rows} == {("zz", "tune")}
     few = [rows[0], rows[-1]]
     lines = study.go(few)

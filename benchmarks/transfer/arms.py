@@ -42,10 +42,12 @@ def by_method(recipe: Recipe, method: str, options: Mapping[str, Any] | None = N
         has the sparse phase of "lt", to tell what the selection does (LT-SFT, §4.1).
     """
     changes = dict(METHODS[method])
-    if method in ALONE and recipe.epochs is not None:
-        changes["epochs"] = sum(recipe.epochs)
-    elif method in ALONE and recipe.steps is not None:
-        changes["steps"] = sum(recipe.steps)
+    if method in ALONE:
+        length = "steps" if recipe.epochs is None else "epochs"
+        changes[length] = sum(getattr(recipe, length))
+        for limit in ("min_steps", "max_steps"):  # of each phase
+            if (steps := getattr(recipe, limit)) is not None:
+                changes[limit] = 2 * steps
     return recipe.changed(**changes, **({"criterion_options": options} if options else {}))
 
 
@@ -59,8 +61,8 @@ class Arm:
         task: Method of the task's SFT, and of the source language's, on which it is trained.
         language: Method of the language's SFT; "dense": the fully tuned model of "lt" minus the
             base; None: there is none.
-        whose: Language of the language's SFT: the "own" of the test data, that of an "other" target,
-            or the "source" language, on whose SFT the task was learnt.
+        whose: Language of the language's SFT: the "own" of the test data, that of an "other"
+            target, or the "source" language, on whose SFT the task was learnt.
         weighted: The language's SFT has the weight that was chosen on development languages.
         rule: Rule of `sparse_ft.merge` by which the two become one, in place of their sum.
         options: Of the rule.
@@ -82,7 +84,9 @@ ARMS: dict[str, Arm] = {
         Arm("task-only", "task SFT alone"),
         Arm("composed", "task SFT + language SFT", language="lt"),
         Arm("wrong-language", "task SFT + another language's SFT", language="lt", whose="other"),
-        Arm("source-language", "task SFT + the source language's SFT", language="lt", whose="source"),
+        Arm(
+            "source-language", "task SFT + the source language's SFT", language="lt", whose="source"
+        ),
         Arm("random-task-only", "RAND-SFT of the task alone", task=RANDOM),
         Arm("random", "RAND-SFT: both masks at random", task=RANDOM, language=RANDOM),
         Arm("denoised-task-only", "DeFT-X of the task alone", task=DENOISED),

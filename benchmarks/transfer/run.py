@@ -299,9 +299,10 @@ class Run:
         options = self._options(method, row)
         return task, Sft(row.seed, method, whose, row.language_density, options)
 
-    @staticmethod
-    def _options(method: str, row: Row) -> tuple[tuple[str, Any], ...]:
-        return row.options if method == DENOISED else ()
+    def _options(self, method: str, row: Row) -> tuple[tuple[str, Any], ...]:
+        if method != DENOISED or dict(row.options) == self.settings.denoised:
+            return ()
+        return row.options
 
     def pending(self, rows: Iterable[Row | Pairs]) -> list[Piece]:
         """What is left to do for some scores, in order, each piece once."""
