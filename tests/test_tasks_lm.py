@@ -288,6 +288,37 @@ def test_a_head_that_looks_around_keeps_all_positions(monkeypatch):
         assert torch.equal(gradient, wanted[key])
 
 
+def test_a_model_with_another_loss_keeps_it(monkeypatch):
+    """Such as one whose experts have a term of their own."""
+    model, batch = masked_model("BERT", monkeypatch), masked_batch()
+    own = model.forward
+
+    def forward(**inputs):
+        found = own(**inputs)
+        if found.loss is not None:
+            found.loss = found.loss + 1e-2 * found.logits.square().mean()
+        return found
+
+    model.forward = forward
+    term = model(**batch).loss.item() - own(**batch).loss.item()
+    assert 5e-4 < term < 5e-3
+    assert MLM.loss(model, batch).item() == model(**batch).loss.item()
+
+
+def test_the_trial_of_a_head_leaves_nothing_in_autocast(monkeypatch):
+    """Some versions of torch keep weights that were cast without gradients for what comes next."""
+    model, batch = masked_model("BERT", monkeypatch), masked_batch()
+    cast = []
+    model.register_forward_pre_hook(
+        lambda *_: cast.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        MLM.loss(model, batch).backward()
+    assert cast[-1] == (True, True)
+    assert cast[:-1] == [(False, False)] * 2
+    assert model.bert.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("family", ["BART", "BERT"])
 def test_what_has_no_head_of_its_own_keeps_all_positions(family):
     model, batch = tiny_models.tiny(family), masked_batch()

@@ -22,9 +22,9 @@ __all__ = ["Blocks", "CausalLM", "MaskedLM", "mask_pieces"]
 
 # Lines that the tokenizer gets at once.
 _LINES = 1000
-# Logits of few positions and of all of them differ by rounding, in half precision by less than
-# this share of the largest.
-_ROUNDING = 2e-2
+# Logits of few positions and of all of them, and losses, differ by rounding: by less than this
+# share of the largest.
+_ROUNDING, _HALF_ROUNDING = 1e-4, 2e-2
 
 
 class Blocks(Sequence[dict[str, Any]]):
@@ -199,7 +199,8 @@ _TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _by_position(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """Does the head of a model treat each position for itself? Found by trying, once a model.
+    """Does the head of a model treat each position for itself, and is its loss the mean over those
+    to predict? Found by trying, once a model.
 
     Args:
         model: With a masked-language head.
@@ -217,17 +218,29 @@ def _by_position(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
 
 
 def _same_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """Are the logits of every second position those that the head gives without the others?"""
-    places = torch.arange(0, inputs["input_ids"].numel(), 2, device=inputs["input_ids"].device)
-    with evaluating(model):
-        expected = model(**inputs).logits.flatten(0, 1)[places]
+    """Are the logits of every second position those that the head gives without the others, and
+    the model's loss the mean over them?"""
+    ids = inputs["input_ids"]
+    places = torch.arange(0, ids.numel(), 2, device=ids.device)
+    labels = torch.full_like(ids, -100).flatten()
+    labels[places] = ids.flatten()[places]
+    # Without autocast: older versions of torch keep the weights that it casts here, and these have
+    # no gradient in the training step around.
+    with evaluating(model), torch.autocast(ids.device.type, enabled=False):
+        own = model(**inputs, labels=labels.view_as(ids))
         try:
             found = _logits_at(model, inputs, places)[0]
         except (IndexError, RuntimeError, ValueError):
             return False  # it wants a sequence of the inputs' length
-    if found.shape != expected.shape:
-        return False
-    return bool((found - expected).abs().max() <= _ROUNDING * expected.abs().max())
+        expected = own.logits.flatten(0, 1)[places]
+        if found.shape != expected.shape:
+            return False
+        loss = functional.cross_entropy(found.float(), labels[places])
+    rounding = _ROUNDING if found.dtype.itemsize >= 4 else _HALF_ROUNDING
+    return all(
+        bool((a - b).abs().max() <= rounding * b.abs().max())
+        for a, b in ((found, expected), (loss, own.loss))
+    )
 
 
 def _logits_at(model: nn.Module, inputs: Mapping[str, Tensor], places: Tensor) -> Tensor:
