@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from benchmarks.transfer import __main__ as commands
 from benchmarks.transfer import experiments
 from benchmarks.transfer.experiments import EXPERIMENTS, Prepared
-from benchmarks.transfer.run import OutOfTime, Run, read
+from benchmarks.transfer.lines import read
+from benchmarks.transfer.run import OutOfTime, Run
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def call(there, *words):
 def test_a_run_stores_its_lines_and_prints_them(there):
     done = call(there, "run", "--precision", "fp32", "--store", str(there / "store.jsonl"))
     assert done.exit_code == 0, done.output
-    lines = [line for line in read(there / "store.jsonl") if line["part"] == "arms"]
-    assert [(x["arm"], x["language"]) for x in lines] == [("task-only", "xx"), ("composed", "xx")]
+    lines = [line for line in read([there / "store.jsonl"]) if line["part"] == "arms"]
+    assert {(x["arm"], x["language"]) for x in lines} == {("task-only", "xx"), ("composed", "xx")}
     assert "[1/5]" in done.output
     assert "composed" in done.output
     out = there / "report"
@@ -74,7 +75,7 @@ def test_a_stop_says_how_to_go_on(there, monkeypatch, stop, status, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("run", "--experiment", "ner"), "there is no 'ner'; there are pos, intents, topics"),
+        (("run", "-e", "pos", "-e", "ner"), "there is no 'ner'; there are pos, intents, topics"),
         (("run", "--arm", "best"), "there is no 'best'; there are task-only, composed"),
         (("run", "--part", "all"), "there is no 'all'; there are arms, ladder, grid, overlap"),
         (("run", "--lang", "qq"), "no language 'qq'; it has xx, yy, zz, en"),
@@ -86,6 +87,24 @@ def test_what_there_is_not_is_refused_with_what_there_is(there, words, said):
     assert done.exit_code in (1, 2)
     text = " ".join(done.output.replace("│", " ").split())
     assert said in text
+    assert "[1/" not in text
+
+
+def test_other_settings_are_reported_apart(there, monkeypatch):
+    """Their lines do not stand in one table, and what is asked for first is shown again."""
+    words = ("run", "--precision", "fp32", "--arm", "composed")
+    first = call(there, *words[:3])
+    settings = EXPERIMENTS["pos"].sizes["quick"]
+    other = replace(settings, task=settings.task.changed(lr=1e-3))
+    tiny = EXPERIMENTS["pos"]
+    monkeypatch.setitem(EXPERIMENTS, "pos", replace(tiny, sizes={"quick": other}))
+    changed = call(there, *words)
+    assert (first.exit_code, changed.exit_code) == (0, 0), changed.output
+    monkeypatch.setitem(EXPERIMENTS, "pos", tiny)
+    again = call(there, *words[:3])
+    assert again.exit_code == 0
+    assert again.output.split("pos")[-1] == first.output.split("pos")[-1]
+    assert len(list(there.glob("runs/*/lines-*.jsonl"))) == 2
 
 
 def test_every_experiment_has_both_sizes_and_knows_its_languages():

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.transfer.arms import ARMS, by_method
 from benchmarks.transfer.dataset import DatasetError
 from benchmarks.transfer.run import OutOfTime, Row, Run, Sft, deadline
 from sparse_ft.tasks import recipes as presets
+from sparse_ft.tasks.lm import MaskedLM
 from sparse_ft.tasks.runner import evaluate, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +35,10 @@ def there(tmp_path_factory):
     tiny_dataset(folder / "data")
     tiny_base(folder / "base")
     return folder
+
+
+def stored(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def opened(there, **options):
@@ -92,10 +98,10 @@ def test_scores_are_those_of_the_command(there, done):
 
 def test_lines_are_stored_once_with_what_is_resampled(there, done):
     study, rows, lines = done
-    for path in (there / "store.jsonl", study.folder / "lines.jsonl"):
-        stored = runs.read(path)
-        assert [line for line in stored if line["part"] == "arms"] == lines
-        groups = [line for line in stored if line["part"] == "groups"]
+    for path in (there / "store.jsonl", study.lines):
+        found = stored(path)
+        assert [line for line in found if line["part"] == "arms"] == lines
+        groups = [line for line in found if line["part"] == "groups"]
         assert [line["language"] for line in groups] == ["xx", "yy"]
         assert groups[0]["groups"] == scores.group_ids([f"key-{i // 2}" for i in range(12)])
     before = (there / "store.jsonl").read_bytes()
@@ -193,6 +199,41 @@ def test_what_has_one_phase_gets_the_passes_of_both(done):
     assert {p for p, _ in steps("bias")} == {"sparse"}
 
 
+def test_rows_that_lack_a_text_are_refused_before_anything_is_trained(there, done, tmp_path):
+    study = opened(there, store=None, folder=tmp_path)
+    text = {x: path for x, path in study.dataset.text.items() if x != "zz"}
+    study.dataset = replace(study.dataset, text=text)
+    with pytest.raises(DatasetError, match="no text of 'zz' to learn its SFT from; leave the"):
+        study.go(study.rows([0], ["xx", "zz"], ["composed"]))
+    assert not list(study.folder.glob("seed0/*"))
+    study.dataset = replace(study.dataset, targets=("xx",))
+    assert study.other("xx") is None
+
+
+def test_what_is_asked_for_twice_is_done_once(done):
+    study, rows, _ = done
+    twice = study.rows([0, 0], ["xx", "yy", "xx"], [*ARMS, "composed"])
+    assert twice == rows
+    assert study._with_source(["en", "xx"]) == ["en", "xx"]
+
+
+def test_a_base_model_of_the_users_is_known_by_its_content(there, tmp_path):
+    """Tuned further, it has the same names and sizes."""
+    base = tiny_base(tmp_path / "base")
+    settings, dataset = tiny_settings(), runs.Dataset.load(there / "data")
+
+    def folder():
+        return Run(dataset, base, settings, tmp_path / "runs", size="own").folder
+
+    before = folder()
+    assert folder() == before
+    path = base / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert folder() != before
+
+
 def test_an_unknown_language_is_refused(done):
     study, _, _ = done
     with pytest.raises(DatasetError, match="no language 'qq'; it has xx, yy, zz, en"):
@@ -273,7 +314,7 @@ study.go(study.rows([0], ["xx"], ["task-only", "composed"]))
     assert study.path(Sft(0, "lt", "en")).exists()
     assert not study.path(Sft(0, "lt")).exists()
     study.go(study.rows([0], ["xx"], ["task-only", "composed"]))
-    found = [x for x in runs.read(tmp_path / "store.jsonl") if x["part"] == "arms"]
+    found = [x for x in stored(tmp_path / "store.jsonl") if x["part"] == "arms"]
     assert without_times(found) == without_times(wanted)
 
 
@@ -291,7 +332,7 @@ def test_the_deadline_ends_a_run_that_goes_on_later(there, done, tmp_path, monke
         with pytest.raises(OutOfTime):
             study.go(rows)
     assert len(study.pending(rows)) == 3
-    assert len(study._spent(0)) == 1
+    assert len(study._stopped(0)) == 1
     (line,) = study.go(rows)
     assert without_times([line]) == without_times(done[2][:1])
 
@@ -304,8 +345,85 @@ def test_what_a_deadline_leaves_is_as_before():
     assert signal.getsignal(signal.SIGALRM) is before
 
 
+def test_a_piece_that_outlasts_every_deadline_gets_on(there, tmp_path, monkeypatch):
+    """Stopped after five steps each time, it stores its state more and more often."""
+    settings = tiny_settings(save_every=40)
+    settings = replace(settings, source=settings.source.changed(steps=(9, 9), evaluate_every=None))
+    study = opened(there, store=None, folder=tmp_path, settings=settings)
+    every = []
+
+    def short(*args, save_every, **options):
+        loss, left = MaskedLM.loss, [5]
+        every.append(save_every)
+
+        def counted(self, model, batch):
+            if not left[0]:
+                raise OutOfTime
+            left[0] -= 1
+            return loss(self, model, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MaskedLM, "loss", counted)
+            return train(*args, save_every=save_every, **options)
+
+    sft = Sft(0, "lt", "en")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train", short)
+        for _ in range(20):
+            try:
+                study._do(sft)
+            except OutOfTime:
+                continue
+            break
+    assert every[:5] == [40, 20, 10, 5, 2]
+    assert len(every) < 12
+    assert len(study._stops(sft)) == len(every) - 1
+    other = opened(there, store=None, folder=tmp_path / "other", settings=settings)
+    other._do(sft)
+    one, two = (runs.sf.SparseDelta.load(x.path(sft)) for x in (study, other))
+    assert one.content_id == two.content_id
+
+
+def test_a_damaged_sft_is_made_again(there, done, tmp_path):
+    study = opened(there, store=None, folder=tmp_path)
+    sft = Sft(0, "lt", "en")
+    study._do(sft)
+    whole = study.path(sft).read_bytes()
+    study.path(sft).write_bytes(whole[:-8])
+    assert sft in study.pending([Row(0, "xx", "task-only")])
+    study._do(sft)
+    assert study.path(sft).read_bytes() == whole
+
+
 def test_a_line_that_was_never_finished_does_no_harm(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"key": "a"}\n{"key": "b", "sc')
-    runs.append(path, [{"key": "a"}, {"key": "c"}])
-    assert runs.read(path) == [{"key": "a"}, {"key": "c"}]
+    runs.append(path, [{"key": "a"}, {"key": "c"}, {"key": "c"}])
+    assert stored(path) == [{"key": "a"}, {"key": "c"}]
+    # One that lacks its end alone is a line.
+    path.write_text('{"key": "a"}\n{"key": "b"}')
+    runs.append(path, [{"key": "b"}, {"key": "\u2028"}])
+    assert stored(path) == [{"key": "a"}, {"key": "b"}, {"key": "\u2028"}]
+
+
+@pytest.mark.parametrize("text", ["# Title\n", "a word", "[1]\n", '{"key": "a"}\n{"key"\n'])
+def test_a_file_of_something_else_is_left_alone(tmp_path, text):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"README\.md holds something other than lines"):
+        runs.append(path, [{"key": "a"}])
+    assert path.read_text() == text
+
+
+def test_processes_that_store_at_once_store_each_line_once(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "lines.jsonl"
+    waiting = threading.Thread(target=runs.append, args=(path, [{"key": "a"}, {"key": "b"}]))
+    with open(path, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting.start()
+        waiting.join(0.2)
+        assert path.read_bytes() == b""
+        other.write(b'{"key": "a"}\n')
+    waiting.join()
+    assert stored(path) == [{"key": "a"}, {"key": "b"}]

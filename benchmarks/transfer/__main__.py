@@ -83,9 +83,10 @@ def prepare(
     Only this needs a network. The cache folder holds all of it: copied to a machine without one,
     `run` works there. Where that machine has a GPU, leave the base models to it (--no-base).
     """
+    known(experiment, EXPERIMENTS, "--experiment")
     with stopping(minutes):
         for name in experiment:
-            settings = settings_of(name, full)
+            settings = EXPERIMENTS[name].sizes[size_of(full)]
             found = prepared(
                 EXPERIMENTS[name], settings, cache, device_of(device),
                 precision_of(precision, device), with_base=base, say=say,
@@ -119,9 +120,10 @@ def run(
     """Train the SFTs of an experiment and score its rows; what is done is not done again."""
     known(arm, ARMS, "--arm")
     known(part, PARTS, "--part")
+    known(experiment, EXPERIMENTS, "--experiment")
     with stopping(minutes):
         for name in experiment:
-            settings = settings_of(name, full)
+            settings = EXPERIMENTS[name].sizes[size_of(full)]
             study = opened(name, settings, full, cache, device, precision, store)
             languages = lang or settings.languages or study.dataset.targets
             rows = study.rows(
@@ -131,8 +133,8 @@ def run(
                 part or settings.parts,
             )
             lines = study.go(rows)
-            report_of.show(read([study.folder / "lines.jsonl"]))
-            say(f"{len(lines)} lines in {study.folder / 'lines.jsonl'}")
+            report_of.show(read([study.lines]))
+            say(f"{len(lines)} lines in {study.lines}")
 
 
 @app.command()
@@ -152,9 +154,10 @@ def tune(
     It reads their development data alone, and says which did best; `experiments.py` records what
     was chosen.
     """
+    known(experiment, EXPERIMENTS, "--experiment")
     with stopping(minutes):
         for name in experiment:
-            settings = settings_of(name, full)
+            settings = EXPERIMENTS[name].sizes[size_of(full)]
             study = opened(name, settings, full, cache, device, precision, None)
             languages = lang or list(study.dataset.dev_of)
             if wrong := [one for one in languages if one not in study.dataset.dev_of]:
@@ -166,7 +169,7 @@ def tune(
             lines = study.go(candidates(range(seed, seed + (seeds or 1)), languages))
             for said in chosen(lines):
                 say(said)
-            say(f"{len(lines)} lines in {study.folder / 'lines.jsonl'}")
+            say(f"{len(lines)} lines in {study.lines}")
 
 
 @app.command()
@@ -262,8 +265,8 @@ def own(
             range(seeds or 1), lang or dataset.targets, arm or settings.arms, part or ["arms"]
         )
         lines = study.go(rows)
-        report_of.show(read([study.folder / "lines.jsonl"]))
-        say(f"{len(lines)} lines in {study.folder / 'lines.jsonl'}")
+        report_of.show(read([study.lines]))
+        say(f"{len(lines)} lines in {study.lines}")
 
 
 def split(given: str, option: str) -> tuple[str, str]:
@@ -309,7 +312,7 @@ def opened(
         found.base,
         settings,
         cache / "runs",
-        size="full" if full else "quick",
+        size=size_of(full),
         device=where,
         precision=autocast,
         store=store,
@@ -337,14 +340,9 @@ def stopping(minutes: float | None) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def settings_of(name: str, full: bool) -> Settings:
-    """The settings of an experiment.
-
-    Raises:
-        typer.BadParameter: There is no such experiment.
-    """
-    known([name], EXPERIMENTS, "--experiment")
-    return EXPERIMENTS[name].sizes["full" if full else "quick"]
+def size_of(full: bool) -> str:
+    """The name of a size."""
+    return "full" if full else "quick"
 
 
 def known(names: Sequence[str] | None, among: Any, option: str) -> None:

@@ -137,7 +137,7 @@ class Dataset:
     @cached_property
     def content(self) -> str:
         """A digest of all files and settings, wherever the files lie."""
-        document = _plain(_with_paths(self, _digest))
+        document = _plain(_with_paths(self, digest_of))
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -171,5 +171,10 @@ def _check_files(dataset: Dataset, root: Path) -> None:
     _with_paths(dataset, check)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -29,12 +29,12 @@ from sparse_ft.tasks.runner import evaluate, train
 
 from . import scores
 from .arms import ARMS, DENOISED, DENSE, FULL, RANDOM, SHARING, Arm, by_method
-from .dataset import Dataset, DatasetError
+from .dataset import Dataset, DatasetError, digest_of
 from .experiments import Settings
 
 SCHEMA = 1
 PARTS = ("arms", "ladder", "grid", "overlap")
-SPENT = "spent.json"
+STOPPED = "stopped.json"
 RING_AGAIN = 10.0
 """Seconds after which a deadline is raised once more, should a callback have swallowed it."""
 
@@ -154,8 +154,9 @@ class Run:
         store: A file that gets its lines too.
         say: Is told what happens, a line each.
 
-    Raises:
-        DatasetError: A language has no test data.
+    Attributes:
+        folder: Its own; another base model, device or precision has another.
+        lines: The file of its lines; other settings have another.
     """
 
     def __init__(
@@ -186,13 +187,17 @@ class Run:
         # What another machine or precision made is not mixed with this one's.
         told = {
             "data": dataset.content,
-            "base": _identity(self.base),
+            "base": _identity(self.base, content=size == "own"),
             "device": self.device.partition(":")[0],
             "precision": precision,
         }
         name = f"{dataset.name}-{size}-{key_of(told)}"
         self.folder = Path(folder) / name
         self.records = Store(self.folder / "records")
+        # What other settings gave stays apart: a report compares what was trained alike.
+        recipes = {x: getattr(settings, x).to_dict() for x in ("language", "source", "task")}
+        how = {**recipes, "denoised": dict(settings.denoised), "weight": settings.weight}
+        self.lines = self.folder / f"lines-{key_of(how)}.jsonl"
 
     # --- what there is to do ----------------------------------------------------------------------
 
@@ -244,7 +249,7 @@ class Run:
             ]
         if "overlap" in parts:
             found += [Pairs(seed, tuple(languages)) for seed in seeds]
-        return found
+        return list(dict.fromkeys(found))
 
     def other(self, language: str) -> str | None:
         """The language whose SFT is the wrong one, whichever languages a run has: the targets have
@@ -254,7 +259,7 @@ class Run:
             return targets[0]
         i = targets.index(language)
         if len(targets) == 1:
-            return next(iter(self.dataset.development), None)
+            return next((x for x in self.dataset.development if x in self.dataset.text), None)
         return targets[i ^ 1 if i ^ 1 < len(targets) else i - 1]
 
     def _whose(self, arm: Arm, language: str) -> str | None:
@@ -279,7 +284,8 @@ class Run:
 
     def _with_source(self, languages: Sequence[str]) -> list[str]:
         source = self.dataset.source
-        return [*([source] if source in self.dataset.text else []), *languages]
+        first = [source] if source in self.dataset.text else []
+        return list(dict.fromkeys([*first, *languages]))
 
     def _below(self, sft: Sft) -> Sft | None:
         """The SFT of the source language that a task is learnt on: of the same method."""
@@ -394,10 +400,18 @@ class Run:
             Their lines, in order.
 
         Raises:
+            DatasetError: A row needs the SFT of a language that has no text; nothing was done.
             RunError, DataError, SFTError, OSError: A piece cannot be done.
         """
         start = time.monotonic()
         left = self.pending(rows)
+        for piece in left:
+            language = piece.language if isinstance(piece, Sft) else None
+            if language is not None and language not in self.dataset.text:
+                raise DatasetError(
+                    f"data set {self.dataset.name!r} has no text of {language!r} to learn its SFT "
+                    "from; leave the language out, or the arms that need it"
+                )
         taken = self._taken()
         for i, piece in enumerate(left):
             self.say(
@@ -420,7 +434,7 @@ class Run:
         found = [self._record(row) for row in rows]
         lines = [line for record in found if record is not None for line in record["lines"]]
         if lines:
-            for path in (self.folder / "lines.jsonl", self.store):
+            for path in (self.lines, self.store):
                 if path is not None:
                     append(path, [*self._groups(lines), *lines])
         return lines
@@ -476,26 +490,29 @@ class Run:
             else:
                 lines = self._overlap(piece)
         except BaseException:
-            self._spend(piece.seed, f"{name}-{key}", time.monotonic() - start)
+            self._stop(piece, time.monotonic() - start)
             raise
-        seconds = time.monotonic() - start + self._spent(piece.seed).get(f"{name}-{key}", 0.0)
+        seconds = sum(self._stops(piece), time.monotonic() - start)
         sort = _sort(piece, self.dataset.source)
         record = {"sort": sort, "seconds": round(seconds, 2), "lines": lines}
         return self.records.put(name, key, record, *files)
 
-    def _spent(self, seed: int) -> dict[str, float]:
-        """Seconds of earlier tries of pieces that are not finished."""
+    def _stops(self, piece: Piece) -> list[float]:
+        """Seconds of the tries at a piece that were stopped."""
+        return self._stopped(piece.seed).get(f"{self._name(piece)}-{self.key(piece)}", [])
+
+    def _stopped(self, seed: int) -> dict[str, list[float]]:
         try:
-            text = (self.folder / f"seed{seed}" / SPENT).read_text("utf-8")
-            found: dict[str, float] = json.loads(text)
+            text = (self.folder / f"seed{seed}" / STOPPED).read_text("utf-8")
+            found: dict[str, list[float]] = json.loads(text)
         except (OSError, ValueError):
             return {}
         return found
 
-    def _spend(self, seed: int, name: str, seconds: float) -> None:
-        spent = self._spent(seed)
-        spent[name] = spent.get(name, 0.0) + seconds
-        write_text(self.folder / f"seed{seed}" / SPENT, json.dumps(spent, indent=1) + "\n")
+    def _stop(self, piece: Piece, seconds: float) -> None:
+        stops = {f"{self._name(piece)}-{self.key(piece)}": [*self._stops(piece), seconds]}
+        text = json.dumps({**self._stopped(piece.seed), **stops}, indent=1) + "\n"
+        write_text(self.folder / f"seed{piece.seed}" / STOPPED, text)
 
     def _train(self, sft: Sft) -> Path:
         dataset, recipe, path = self.dataset, self.recipe(sft), self.path(sft)
@@ -504,8 +521,12 @@ class Run:
             "recipe": recipe,
             "seed": sft.seed,
             "device": self.device,
-            "save_every": self.settings.save_every,
+            # Halved at each stop: what is stored too seldom for the time that it is given would
+            # begin at the same place again and again.
+            "save_every": max(1, self.settings.save_every >> len(self._stops(sft))),
             "full_model": shared,
+            # Its name has the key of what it is: whatever is there and is not whole is not needed.
+            "force": True,
             "note": self.say,
         }
         if sft.language is not None:
@@ -558,7 +579,7 @@ class Run:
             kind=dataset.task,
             labels=labels,
             max_length=self.settings.task.max_length,
-            options=dataset.options,
+            options=self._task_options,
             device=self.device,
             predictions=True,
         )
@@ -607,9 +628,14 @@ class Run:
         assert arm.rule is not None
         return sf.merge(deltas, rule=arm.rule, heads=deltas[0], **arm.options)
 
+    @property
+    def _task_options(self) -> dict[str, Any]:
+        """As `train` has them: what is merged by a rule does not say them any more."""
+        return {**self.settings.task.options, **self.dataset.options}
+
     def _task(self) -> tuple[Task, dict[str, Any]]:
         """The task, and the options that are of the reader of its data."""
-        kind, options = TASKS[self.dataset.task], self.dataset.options
+        kind, options = TASKS[self.dataset.task], self._task_options
         known = {f.name for f in dataclasses.fields(kind)}
         own = {name: value for name, value in options.items() if name in known}
         return kind(**own), {name: options[name] for name in options if name not in known}
@@ -718,13 +744,17 @@ def _short(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _identity(base: str) -> dict[str, Any]:
-    """What tells one base model from another, without reading its weights: name and sizes."""
+def _identity(base: str, content: bool) -> dict[str, Any]:
+    """What tells one base model from another: name and sizes of its files, as the name of one that
+    was built here has a key of all that it is; of any other, their content."""
     path = Path(base)
     if not path.is_dir():
         return {"name": base}
-    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
-    return {"name": path.name, "sizes": sizes}
+    files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    told: dict[str, Any] = {"name": path.name, "sizes": {f.name: f.stat().st_size for f in files}}
+    if content:
+        told["content"] = {file.name: digest_of(file) for file in files}
+    return told
 
 
 def _device_name(device: str) -> str:
@@ -744,32 +774,51 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines to a file of JSON lines, but for those whose key it has; each is written whole.
+
+    A last line that was never finished goes. Several processes may do this at once.
 
     Args:
         path: The file; created when missing.
         lines: Each with a "key".
+
+    Raises:
+        ValueError: The file holds something else; it is left as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = {line["key"] for line in read(path)}
-    new = [line for line in lines if line["key"] not in known]
-    if not new:
-        return
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
-    data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        text = "\n" + text  # after a line that was never finished
-    with open(path, "ab", buffering=0) as file:
-        file.write(text.encode())
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines, but for one that was never finished."""
-    found = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+    with open(path, "a+b", buffering=0) as file, _alone(file):
+        file.seek(0)
+        *whole, last = (file.read() or b"").split(b"\n")
+        torn = last.startswith(b"{") and not _is_json(last)
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+            there = [json.loads(line) for line in [*whole, b"" if torn else last] if line.strip()]
+            known = {line.get("key") for line in there}
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path} holds something other than lines; name another") from None
+        new = {line["key"]: line for line in lines if line["key"] not in known}
+        if torn:
+            file.truncate(file.tell() - len(last))
+        if new:
+            text = "".join(json.dumps(line) + "\n" for line in new.values())
+            file.write(("\n" * bool(last and not torn) + text).encode())
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def _alone(file: IO[bytes]) -> Iterator[None]:
+    """Keeps other processes that ask for it out of a file, where the system can."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    yield  # closing the file ends it
