@@ -78,7 +78,7 @@ def test_a_stop_says_how_to_go_on(there, monkeypatch, stop, status, said):
         (("run", "-e", "pos", "-e", "ner"), "there is no 'ner'; there are pos, intents, topics"),
         (("run", "--arm", "best"), "there is no 'best'; there are task-only, composed"),
         (("run", "--part", "all"), "there is no 'all'; there are arms, ladder, grid, overlap"),
-        (("run", "--lang", "qq"), "no language 'qq'; it has xx, yy, zz, en"),
+        (("run", "--lang", "qq"), "no test data of 'qq'; it has those of xx, yy, zz, en"),
         (("tune", "--lang", "xx"), "xx is no development language of pos; there are zz"),
     ],
 )

@@ -234,10 +234,14 @@ def test_a_base_model_of_the_users_is_known_by_its_content(there, tmp_path):
     assert folder() != before
 
 
-def test_an_unknown_language_is_refused(done):
-    study, _, _ = done
-    with pytest.raises(DatasetError, match="no language 'qq'; it has xx, yy, zz, en"):
+def test_a_language_without_test_data_is_refused(there):
+    study = opened(there)
+    with pytest.raises(DatasetError, match="no test data of 'qq'; it has those of xx, yy, zz, en"):
         study.rows([0], ["qq"], ["composed"])
+    test = {x: path for x, path in study.dataset.test.items() if x != "zz"}
+    study.dataset = replace(study.dataset, test=test)
+    with pytest.raises(DatasetError, match="no test data of 'zz'; it has those of xx, yy, en"):
+        study.rows([0], ["zz"], ["composed"])
 
 
 # --- the other parts ----------------------------------------------------------------------------

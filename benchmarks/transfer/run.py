@@ -212,13 +212,14 @@ class Run:
         language, so that complete rows come early.
 
         Raises:
-            DatasetError: There is no such language in the data.
+            DatasetError: There are no test data of a language.
         """
-        known = (*self.dataset.targets, *self.dataset.development, self.dataset.source)
+        every = (*self.dataset.targets, *self.dataset.development, self.dataset.source)
+        known = [language for language in every if language in self.dataset.test]
         if unknown := [language for language in languages if language not in known]:
             raise DatasetError(
-                f"data set {self.dataset.name!r} has no language {unknown[0]!r}; it has "
-                f"{', '.join(known)}"
+                f"data set {self.dataset.name!r} has no test data of {unknown[0]!r}; it has those "
+                f"of {', '.join(known)}"
             )
         seeds = list(seeds)
         grid = self.settings.grid
