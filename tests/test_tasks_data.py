@@ -136,6 +136,8 @@ def test_a_table_whose_first_line_is_a_row(write):
     assert rows.where(0) == f"{path}, line 1"
     with pytest.raises(data.DataError, match="line 1: does not have the 3 fields of the columns"):
         data.read(path, columns=["id", "text", "label"])
+    with pytest.raises(data.DataError, match="columns is 'text,label'; it must be a list such as"):
+        data.read(path, columns="text,label")
 
 
 def test_a_quotation_mark_in_a_tsv_file_is_text(write):

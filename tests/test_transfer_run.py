@@ -199,7 +199,7 @@ def test_what_has_one_phase_gets_the_passes_of_both(done):
     assert {p for p, _ in steps("bias")} == {"sparse"}
 
 
-def test_rows_that_lack_a_text_are_refused_before_anything_is_trained(there, done, tmp_path):
+def test_rows_that_lack_a_text_are_refused_before_anything_is_trained(there, tmp_path):
     study = opened(there, store=None, folder=tmp_path)
     text = {x: path for x, path in study.dataset.text.items() if x != "zz"}
     study.dataset = replace(study.dataset, text=text)
@@ -208,10 +208,13 @@ def test_rows_that_lack_a_text_are_refused_before_anything_is_trained(there, don
     assert not list(study.folder.glob("seed0/*"))
     study.dataset = replace(study.dataset, targets=("xx",))
     assert study.other("xx") is None
+    with pytest.raises(DatasetError, match="no language whose SFT the arms wrong-language could t"):
+        study.rows([0], ["xx"], ["wrong-language"])
 
 
-def test_what_is_asked_for_twice_is_done_once(done):
-    study, rows, _ = done
+def test_what_is_asked_for_twice_is_done_once(there):
+    study = opened(there)
+    rows = study.rows([0], ["xx", "yy"], list(ARMS))
     twice = study.rows([0, 0], ["xx", "yy", "xx"], [*ARMS, "composed"])
     assert twice == rows
     assert study._with_source(["en", "xx"]) == ["en", "xx"]
@@ -232,6 +235,17 @@ def test_a_base_model_of_the_users_is_known_by_its_content(there, tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     assert folder() != before
+
+
+def test_the_seed_of_a_run_makes_no_other_recipe(there):
+    """Of a line: a report refuses to compare what was trained in different ways."""
+    study = opened(there)
+    recipe = study.recipe(Sft(0, "random"))
+    one, two = (runs._short(recipe.changed(criterion_options={"seed": s})) for s in (1, 2))
+    assert one == two
+    assert one["criterion"] == "random"
+    knobs = study.recipe(Sft(0, "denoised"))
+    assert runs._short(knobs)["criterion_options"] == {"rank": "var:0.9"}
 
 
 def test_a_language_without_test_data_is_refused(there):
@@ -388,7 +402,7 @@ def test_a_piece_that_outlasts_every_deadline_gets_on(there, tmp_path, monkeypat
     assert one.content_id == two.content_id
 
 
-def test_a_damaged_sft_is_made_again(there, done, tmp_path):
+def test_a_damaged_sft_is_made_again(there, tmp_path):
     study = opened(there, store=None, folder=tmp_path)
     sft = Sft(0, "lt", "en")
     study._do(sft)

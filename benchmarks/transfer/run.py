@@ -212,7 +212,7 @@ class Run:
         language, so that complete rows come early.
 
         Raises:
-            DatasetError: There are no test data of a language.
+            DatasetError: There are no test data of a language, or there is nothing to do.
         """
         every = (*self.dataset.targets, *self.dataset.development, self.dataset.source)
         known = [language for language in every if language in self.dataset.test]
@@ -250,6 +250,11 @@ class Run:
             ]
         if "overlap" in parts:
             found += [Pairs(seed, tuple(languages)) for seed in seeds]
+        if not found:
+            raise DatasetError(
+                f"data set {self.dataset.name!r} has no language whose SFT the arms "
+                f"{', '.join(arms)} could take"
+            )
         return list(dict.fromkeys(found))
 
     def other(self, language: str) -> str | None:
@@ -736,11 +741,13 @@ def _sort(piece: Piece, source: str) -> str:
 
 
 def _short(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe sets otherwise than `Recipe` does by itself."""
+    """What a recipe sets otherwise than `Recipe` does by itself, whatever the seed of its run."""
     plain = Recipe("", "", "", "").to_dict()
+    told = recipe.to_dict()
+    told["criterion_options"] = {k: v for k, v in recipe.criterion_options.items() if k != "seed"}
     return {
         name: value
-        for name, value in recipe.to_dict().items()
+        for name, value in told.items()
         if name not in ("origin", "changed", "options") and plain.get(name) != value
     }
 

@@ -368,8 +368,12 @@ def read_csv(
 
     Raises:
         DataError: The file is missing, empty or not UTF-8, a line has more or fewer fields than
-            there are columns, or two of them have one name.
+            there are columns, two of them have one name, or `columns` is no list.
     """
+    if isinstance(columns, str):
+        raise DataError(
+            f'{path}: columns is {columns!r}; it must be a list such as ["text", "label"]'
+        )
     limit = csv.field_size_limit(_MAX_FIELD)
     try:
         table = csv.DictReader(
