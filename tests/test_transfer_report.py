@@ -72,20 +72,55 @@ def test_scores_and_differences_of_a_table():
 @pytest.mark.parametrize(
     ("found", "says", "shown"),
     [
-        (Difference(0.036, 0.021, 0.05), "holds", "+3.6 [+2.1, +5.0]"),
-        (Difference(-0.016, -0.03, -0.002), "does not hold", "−1.6 [−3.0, −0.2]"),
-        (Difference(0.004, -0.011, 0.02), "undecided", "+0.4 [−1.1, +2.0]"),
-        (Difference(0.0001, 0.0, 0.0002), "undecided", "0.0 [0.0, 0.0]"),
-        (Difference(-0.0001, -0.0002, 0.0), "undecided", "0.0 [0.0, 0.0]"),
+        ((0.036, 0.021, 0.05), "holds", "+3.6 [+2.1, +5.0]"),
+        ((-0.016, -0.03, -0.002), "does not hold", "−1.6 [−3.0, −0.2]"),
+        ((0.004, -0.011, 0.02), "undecided", "+0.4 [−1.1, +2.0]"),
+        ((0.0001, 0.0, 0.0002), "undecided", "0.0 [0.0, 0.0]"),
+        ((-0.0001, -0.0002, 0.0), "undecided", "0.0 [0.0, 0.0]"),
+        ((0.0, 0.0, 0.0), "the same", "0.0 [0.0, 0.0]"),
     ],
 )
 def test_verdicts(found, says, shown):
-    assert report.verdict(found) == says
-    assert report.interval(found) == shown
+    three, one = Difference(*found, 3), Difference(*found, 1)
+    assert report.verdict(three) == says
+    assert report.interval(three) == shown
+    assert report.stated(three) == f"{shown} {says}"
+    # An interval of one seed knows of no other; what is the same is the same.
+    assert report.stated(one) == f"{shown} {says}" + " for one seed" * (says != "the same")
+
+
+def test_what_did_not_learn_is_marked():
+    found = made.arms(right={"composed": 0.7, "task-only": 0.65, "random": 0.2}, n=40)
+    for line in found:
+        if line["part"] == "groups":
+            line["commonest"] = ["NOUN", 0.3 if line["language"] == "frp" else 0.1]
+    claims, rows = cells(table_of(found, "Claims")), cells(table_of(found, "Accuracy"))
+    assert list(claims) == [
+        "composed > task-only",
+        "composed > random (random in frp: no better than the most frequent label)",
+    ]
+    row = rows["most frequent label"]
+    assert (row["what is on the model"], row["frp"], row["an"], row["mean"]) == (
+        *("always NOUN", "30.0", "10.0", "20.0"),
+    )
+
+
+def test_the_table_says_which_weight_was_chosen():
+    found = made.arms(("frp",), right={"composed": 0.6, "weighted": 0.6}, n=40)
+    found = [
+        {**line, "settings": {**line["settings"], "weight": 0.5 if arm == "weighted" else 1.0}}
+        for line in found
+        if (arm := line.get("arm")) or line["part"] == "groups"
+    ]
+    rows = cells(table_of(found, "Accuracy"))
+    assert rows["weighted"]["what is on the model"] == "task SFT + weighted language SFT, times 0.5"
+    assert rows["composed"]["what is on the model"] == "task SFT + language SFT"
+    claims = cells(table_of(found, "Claims"))
+    assert claims["weighted > composed"]["frp"] == "0.0 [0.0, 0.0] the same"
 
 
 def test_verdicts_follow_the_scores():
-    right = {"task-only": 0.6, "composed": 0.6, "wrong-language": 0.7, "random": 0.5}
+    right = {"task-only": 0.599, "composed": 0.6, "wrong-language": 0.7, "random": 0.5}
     claims = cells(table_of(made.arms(right=right), "Claims"))
     assert {name: row["mean"].rpartition("] ")[2] for name, row in claims.items()} == {
         "composed > task-only": "**undecided**",
@@ -115,6 +150,8 @@ def test_one_language_has_no_mean_and_one_seed_is_said_to_be_one():
     found = made.arms(("frp",), seeds=1)
     assert "mean" not in cells(table_of(found, "Accuracy"))["composed"]
     assert "they know nothing of other seeds" in report.conditions(study(found))
+    claims = cells(table_of(found, "Claims"))
+    assert claims["composed > task-only"]["frp"].endswith("] holds for one seed")
 
 
 def test_many_languages_are_counted():
@@ -155,6 +192,11 @@ def test_ladder_grid_and_overlap():
         "2 %": "67.2",
         "8 %": "67.8",
         "30 %": "**70.0**",
+    }
+    titles = {table.title for table in report.tables(study([*made.ladder(), *made.grid()]))}
+    assert titles == {
+        "Densities: accuracy, %, means over 2 seeds, without intervals",
+        "Density × density in frp: accuracy, %, one seed, without intervals",
     }
     without = [line for line in made.grid() if line["language_density"] != 0.08]
     one_missing = [*without, *made.grid()[1:2]]
@@ -201,6 +243,19 @@ def test_lines_of_different_runs_are_not_mixed():
     three = made.arms(("sc",), settings={**made.SETTINGS, "recipes": {"task": {"lr": 2}}})
     with pytest.raises(ValueError, match="arms task-only an seed 0 and arms task-only sc seed 0"):
         lines.studies([*one, *two[:-1], *three[:-1]])
+
+
+def test_lines_of_two_precisions_are_not_mixed():
+    found = made.arms(("frp",), settings={**made.SETTINGS, "precision": "fp32"})
+    with pytest.raises(ValueError, match="differ in precision: fp32 and bf16"):
+        lines.studies([*found[:3], *made.arms(("an",))])
+
+
+def test_groups_of_other_examples_are_refused():
+    found = made.arms(("frp",), 1, n=40)
+    found[-1]["groups"] = found[-1]["groups"][:39]
+    with pytest.raises(ValueError, match="pos quick: frp has 40 test examples and groups for 39"):
+        list(report.tables(study(found)))
 
 
 def test_experiments_come_in_order():

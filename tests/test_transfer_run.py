@@ -104,6 +104,10 @@ def test_lines_are_stored_once_with_what_is_resampled(there, done):
         groups = [line for line in found if line["part"] == "groups"]
         assert [line["language"] for line in groups] == ["xx", "yy"]
         assert groups[0]["groups"] == scores.group_ids([f"key-{i // 2}" for i in range(12)])
+        label, share = groups[0]["commonest"]
+        always = [[label] * len(tags) for tags in study._test("xx")]
+        found = scores.counts("accuracy", study._test("xx"), always, ignore={""}).sum(0)
+        assert share == scores.value("accuracy", found) > 0
     before = (there / "store.jsonl").read_bytes()
     assert study.go(rows) == lines
     assert (there / "store.jsonl").read_bytes() == before

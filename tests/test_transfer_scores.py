@@ -58,6 +58,24 @@ def test_ignored_words_do_not_count(pair):
     assert scores.value("accuracy", found.sum(0)) == (sum(kept) / len(kept) if kept else 0)
 
 
+@given(sentences(["", *TAGS]))
+@settings(deadline=None)
+def test_entities_end_at_words_that_do_not_count(pair):
+    pytest.importorskip("seqeval")
+    gold, predicted = pair
+    # As the task scores them: such a word is outside, whatever was said of it.
+    outside = [
+        [[t or "O" for t in tags] for tags in gold],
+        [
+            ["O" if not t else s or "O" for t, s in zip(*two, strict=True)]
+            for two in zip(gold, predicted, strict=True)
+        ],
+    ]
+    said = [[s or "O" for s in tags] for tags in predicted]
+    wanted = metrics.entity_f1(outside[1], outside[0])["f1"]
+    assert total("f1", gold, said, ignore={""}) == pytest.approx(wanted)
+
+
 def test_attachment_is_that_of_the_task():
     gold = [[(2, "det"), (0, "root"), (2, "punct")], [(0, "root")]]
     said = [[[2, "det"], [0, "nsubj"], [1, "punct"]], [[0, "root"]]]
@@ -130,24 +148,44 @@ def test_interval_counts_groups_and_not_examples():
     assert (apart.high - apart.low) / (once.high - once.low) == pytest.approx(0.5, abs=0.03)
 
 
-def test_interval_has_the_spread_of_the_seeds():
-    # Every example of a seed is right or wrong: groups add nothing, three seeds are all there is.
+# The 97.5 % points of Student's t with 1, 2 and 4 degrees of freedom, from printed tables.
+@pytest.mark.parametrize(("seeds", "point"), [(2, 12.706), (3, 4.303), (5, 2.776)])
+def test_interval_has_the_spread_of_the_seeds(seeds, point):
+    # Every example of a seed is alike: groups add nothing, and this is a t test of the seeds.
     right, wrong = np.tile([1, 1], (50, 1)), np.tile([0, 1], (50, 1))
-    found = scores.difference("accuracy", [right, right, wrong], [wrong] * 3, names(50))
-    assert found == pytest.approx((2 / 3, 0, 1))  # all three the wrong one: 1 draw in 27
+    a = [right] * (seeds - 1) + [wrong]
+    found = scores.difference("accuracy", a, [wrong] * seeds, names(50))
+    mean, error = (seeds - 1) / seeds, 1 / seeds  # of ones and one 0: s/√n = 1/n
+    assert found.mean == pytest.approx(mean)
+    assert found.seeds == seeds
+    # 10,000 draws place these points within 7, 3.4 and 2.1 %: s.e. of the percentile of a t.
+    for end in (found.high - mean, mean - found.low):
+        assert end == pytest.approx(point * error, rel=0.21 if seeds == 2 else 0.1)
     # The same in both arms: a seed that is easy for one is so for the other.
     paired = scores.difference("accuracy", [right, wrong], [right, wrong], names(50))
-    assert paired == (0, 0, 0)
+    assert paired == (0, 0, 0, 2)
 
 
-def test_coverage_of_the_interval():
+def test_draws_of_student_have_its_points():
+    # Quartiles and 90 % points from printed tables; 20,000 draws.
+    for degrees, quartile, ninety in ((1, 1.0, 3.078), (2, 0.816, 1.886), (4, 0.741, 1.533)):
+        found = np.percentile(scores._student(20_000, degrees, 0), (10, 25, 50, 75, 90))
+        wanted = (-ninety, -quartile, 0, quartile, ninety)
+        assert found == pytest.approx(wanted, rel=0.06, abs=0.03)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_coverage_of_the_interval(seeds):
+    # Seeds differ by 4 points (s.d.), the test data allow for 1: what is hard with few seeds.
     rng = np.random.default_rng(2)
     inside = 0
     for _ in range(200):
-        a, b = table(rng, 200, 0.75, 10), table(rng, 200, 0.70, 10)
-        low, high = scores.difference("accuracy", [a], [b], names(200), draws=400)[1:]
-        inside += low <= 0.05 <= high
-    assert 178 <= inside <= 199  # 190 expected, s.d. 3.1
+        apart = rng.normal(0.05, 0.04 if seeds > 1 else 0, seeds)
+        a = [table(rng, 200, 0.70 + x, 10) for x in apart]
+        b = [table(rng, 200, 0.70, 10) for _ in apart]
+        found = scores.difference("accuracy", a, b, names(200), draws=400)
+        inside += found.low <= 0.05 <= found.high
+    assert inside >= 178  # 190 expected, s.d. 3.1; drawing the seeds as well gives 170
 
 
 @given(st.integers(0, 2**32))
@@ -164,10 +202,10 @@ def test_order_and_language_change_nothing(seed):
     order = rng.permutation(40)
     shuffled = [[run[order] for run in runs] for runs in (a, b)]
     assert found == scores.difference("accuracy", *shuffled, groups[order], draws=50, seed=seed)
-    assert scores.difference("accuracy", a, a, groups, draws=50) == (0, 0, 0)
+    assert scores.difference("accuracy", a, a, groups, draws=50) == (0, 0, 0, 3)
     # Exact up to the rounding of sums over seeds.
     back = scores.difference("accuracy", b, a, groups, draws=50, seed=seed)
-    assert back == pytest.approx((-found.mean, -found.high, -found.low))
+    assert back == pytest.approx((-found.mean, -found.high, -found.low, 3))
     # Two languages that are one twice: the mean is of the same.
     twice = ({"x": a, "y": a}, {"x": b, "y": b}, {"x": groups, "y": groups})
     assert scores.pooled("accuracy", *twice, draws=50, seed=seed) == pytest.approx(found)
@@ -180,7 +218,7 @@ def test_shared_groups_are_drawn_together():
     flipped[:, 0] = 2 * b[:, 0] - a[:, 0]  # loses wherever a wins
     arms = {"x": [a], "y": [flipped]}, {"x": [b], "y": [b]}
     together = scores.pooled("accuracy", *arms, {"x": names(400), "y": names(400)})
-    assert together == pytest.approx((0, 0, 0), abs=1e-12)
+    assert together == pytest.approx((0, 0, 0, 1), abs=1e-12)
     apart = scores.pooled("accuracy", *arms, {"x": names(400), "y": names(800)[400:]})
     assert apart.high - apart.low > 0.03
 
@@ -213,6 +251,11 @@ def test_arms_that_do_not_fit_are_refused():
         scores.pooled("accuracy", {"x": [a]}, {"y": [a]}, {"x": names(10)})
     with pytest.raises(ValueError, match="10 examples, but groups for 9"):
         scores.difference("accuracy", [a], [a], names(9))
+
+
+def test_the_most_frequent_label():
+    assert scores.commonest(["b", "a", "b", "a", "c"]) == ("a", 0.4)
+    assert scores.commonest([["", "", "X"], ["NOUN", "NOUN", ""]]) == ("NOUN", 2 / 3)
 
 
 def test_names_of_groups():

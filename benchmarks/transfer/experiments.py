@@ -1,8 +1,9 @@
 """The experiments as records: whose data, which recipes, which rows.
 
-Nothing here was chosen by looking at a target's test data. What was chosen at all was chosen on the
-development languages of an experiment (`python -m benchmarks.transfer tune` does it); the comment
-beside a constant says how. Rates and lengths are those of "lt", for all methods.
+The outline of "pos" (targets, layers, passes, rates, density) is that of a first trial on its two
+targets, in which no setting was varied. What was chosen since was chosen on the development
+languages of an experiment (`python -m benchmarks.transfer tune` does it); the comment beside a
+constant says how. Rates and lengths are those of "lt", for all methods.
 """
 
 from __future__ import annotations

@@ -110,7 +110,14 @@ class Study:
         self.experiment: str = first["experiment"]
         self.size: str = first["size"]
         self.metric = next((x["metric"] for x in self.lines if "metric" in x), "accuracy")
-        self.groups = {x["language"]: x["groups"] for x in self.lines if _part(x) == "groups"}
+        about = {x["language"]: x for x in self.lines if _part(x) == "groups"}
+        self.groups = {language: x["groups"] for language, x in about.items()}
+        # Language → its most frequent label and the share of it, of all that is labelled.
+        self.commonest: dict[str, tuple[str, float]] = {
+            language: (x["commonest"][0], x["commonest"][1])
+            for language, x in about.items()
+            if "commonest" in x and not view
+        }
         self.runs = {
             (line["arm"], line["language"], line["seed"]): np.asarray(rows)
             for line in self.part("arms")
@@ -139,6 +146,11 @@ class Study:
         """Mean over the seeds; None where the arm was not run."""
         totals = [self.runs[arm, language, s].sum(0) for s in self.seeds(arm, language)]
         return float(np.mean(scores.value(self.metric, np.stack(totals)))) if totals else None
+
+    def unlearnt(self, arm: str) -> list[str]:
+        """The languages in which an arm is not above the most frequent label."""
+        found = ((x, self.score(arm, x)) for x in self.commonest)
+        return [x for x, score in found if score is not None and score <= self.commonest[x][1]]
 
     def mean(self, arm: str) -> float | None:
         """Mean over the languages; None where one is missing."""
@@ -185,7 +197,13 @@ class Study:
 
     def _groups(self, language: str, n: int) -> Sequence[str]:
         """The groups of a language's examples; by itself each, where none are stored."""
-        return self.groups.get(language) or [f"{language} {i}" for i in range(n)]
+        found = self.groups.get(language) or [f"{language} {i}" for i in range(n)]
+        if len(found) != n:
+            raise ValueError(
+                f"{self.experiment} {self.size}: {language} has {n} test examples and groups for "
+                f"{len(found)}; keep the lines of one run"
+            )
+        return found
 
 
 def studies(lines: Sequence[Line]) -> list[Study]:
@@ -205,12 +223,14 @@ def studies(lines: Sequence[Line]) -> list[Study]:
 
 
 def _check_alike(study: str, lines: Sequence[Line]) -> None:
-    """Whether what is compared is alike: the data, the base model, one recipe for each SFT."""
+    """Whether what is compared is alike: data, base model, precision, one recipe for each SFT."""
     known: dict[str, tuple[Any, Line]] = {}
     for line in lines:
         facts = {"data": line["data"]["content"]}
         if _part(line) == "arms":
-            facts |= {"base model": line["settings"]["base"], **line["settings"]["recipes"]}
+            settings = line["settings"]
+            facts |= {"base model": settings["base"], "precision": settings["precision"]}
+            facts |= settings["recipes"]
         for name, what in facts.items():
             first, other = known.setdefault(name, (what, line))
             if first != what:

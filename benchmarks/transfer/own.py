@@ -140,9 +140,7 @@ def _config(root: Path) -> dict[str, Any]:
 def _by_name(root: Path, preset: Preset) -> dict[tuple[str, str], list[Path]]:
     """(language, split) → files, of those whose names a layout knows: the first that has any."""
     found: dict[tuple[str, str], list[Path]] = {}
-    names = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    hidden = re.compile(r"(^|/)\.")
-    paths = sorted(name for name in names if not hidden.search(name.as_posix()))
+    paths = sorted(path.relative_to(root) for path in _files(root, {root.resolve()}))
     for layout in preset.layouts:
         here: dict[tuple[str, str], list[Path]] = {}
         for path in paths:
@@ -161,6 +159,18 @@ def _by_name(root: Path, preset: Preset) -> dict[tuple[str, str], list[Path]]:
             chosen = [path for path in several if bank in path.name]
             found.setdefault((code, split), chosen or several)
     return found
+
+
+def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """A folder's files at any depth, hidden ones aside; links are followed, no folder twice."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in seen:
+            seen.add(path.resolve())
+            yield from _files(path, seen)
 
 
 def _complete(files: Files, root: Path, preset: Preset) -> None:

@@ -119,10 +119,12 @@ def claims(study: Study) -> Figure:
         axes[1].set_yticks(range(len(each)), [language for language, _ in each])
         axes[1].set_ylim(len(each) - 0.5, -0.5)
         axes[1].set_title(f"{COMPOSED} − {TASK_ONLY}, by language", loc="left", fontsize=9)
-    for one in axes:
-        one.axvline(0, color="#000000", linewidth=0.8)
-        one.grid(axis="x")
-    axes[-1].set_xlabel(f"difference, points of {METRICS[study.metric]}")
+    for panel in axes:
+        panel.axvline(0, color="#000000", linewidth=0.8)
+        panel.grid(axis="x")
+    one = max(d.seeds for _, found in rows for d in found.values()) == 1
+    what = f"difference, points of {METRICS[study.metric]}"
+    axes[-1].set_xlabel(f"{what}; one seed, and no other is known of" if one else what)
     return figure
 
 
@@ -143,7 +145,7 @@ def _points(
         return
     heights = [y for y, _ in at]
     means, lows, highs = (
-        100 * np.array(column) for column in zip(*(d for _, d in at), strict=True)
+        100 * np.array(column) for column in zip(*(d[:3] for _, d in at), strict=True)
     )
     axes.errorbar(
         means, heights, xerr=np.abs([means - lows, highs - means]), fmt=marker, color=colour,

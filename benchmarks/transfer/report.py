@@ -38,6 +38,7 @@ TITLES = {
 }
 METRICS = {"accuracy": "accuracy", "f1": "F1", "las": "LAS", "uas": "UAS"}
 TASK_ONLY, COMPOSED = "task-only", "composed"
+COMMONEST = "most frequent label"
 # One arm, another, and what it says if the first is better.
 CLAIMS = (
     (COMPOSED, TASK_ONLY, "a language's SFT carries the task to its language"),
@@ -51,13 +52,14 @@ CLAIMS = (
     ("weighted", COMPOSED, "a weight chosen on other languages is better than the plain sum"),
     ("ties", COMPOSED, "TIES is better than the plain sum"),
 )
-HOLDS, NOT, UNDECIDED = "holds", "does not hold", "undecided"
+HOLDS, NOT, UNDECIDED, SAME = "holds", "does not hold", "undecided", "the same"
 # Beyond, languages are rows and not columns.
 COLUMNS = 6
 # Columns of words that a terminal has no room for.
 _SAYS, _ABOUT, _WHERE = "that is", "what is on the model", "where"
 _LONG = (_SAYS, _ABOUT)
 _COMPOSED = f">− {COMPOSED}"
+_OF_SEEDS = ", with Student's t for the spread between seeds"
 
 
 class Table(NamedTuple):
@@ -97,7 +99,15 @@ def interval(found: Difference | None) -> str:
 
 def verdict(found: Difference) -> str:
     """What an interval says of the claim that the difference is above 0."""
+    if found.low == found.high == 0:
+        return SAME
     return HOLDS if found.low > 0 else NOT if found.high < 0 else UNDECIDED
+
+
+def stated(found: Difference, mark: str = "") -> str:
+    """A difference, its interval and the verdict; of one seed, that it is of one."""
+    only = " for one seed" if found.seeds == 1 and verdict(found) != SAME else ""
+    return f"{interval(found)} {mark}{verdict(found)}{mark}{only}"
 
 
 def _each(values: Sequence[object]) -> str:
@@ -111,8 +121,12 @@ def title(study: Study) -> str:
     return f"{name}, `--{study.size}`" if study.size != "own" else name
 
 
-def _about(arm: str) -> str:
-    return ARMS[arm].about if arm in ARMS else arm
+def _about(study: Study, arm: str) -> str:
+    if arm not in ARMS:
+        return arm
+    lines = [x for x in study.part("arms") if x["arm"] == arm and ARMS[arm].weighted]
+    weights = _each([f"{x['settings']['weight']:g}" for x in lines if "weight" in x["settings"]])
+    return ARMS[arm].about + (f", times {weights}" if weights else "")
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -145,12 +159,18 @@ def _scores(study: Study, where: str) -> Iterator[Table]:
     columns = [] if many else study.languages
     rows = []
     for arm in study.arms:
-        row = [arm, _about(arm), *(points(study.score(arm, x)) for x in columns)]
+        row = [arm, _about(study, arm), *(points(study.score(arm, x)) for x in columns)]
         if several:
             row.append(points(study.mean(arm)))
         for other in (TASK_ONLY, COMPOSED):
             row.append("" if arm == other else interval(study.difference(arm, other)))
         rows.append([*row, _each(sorted({len(study.seeds(arm, x)) for x in study.languages}))])
+    if known := [study.commonest[x] for x in study.languages if x in study.commonest]:
+        shares = [share for _, share in known]
+        mean_share = points(sum(shares) / len(shares)) if len(known) == len(study.languages) else ""
+        row = [COMMONEST, f"always {_each([label for label, _ in known])}"]
+        row += [points(study.commonest[x][1]) if x in study.commonest else "" for x in columns]
+        rows.append([*row, *([mean_share] if several else []), "", "", ""])
     mean = [">mean"] if several else []
     head = ["arm", _ABOUT, *(f">{x}" for x in columns), *mean]
     yield Table(metric, [*head, f">− {TASK_ONLY}", _COMPOSED, ">seeds"], rows)
@@ -193,15 +213,18 @@ def _claims(study: Study, where: str) -> Table:
         known = {x: d for x, d in found.items() if d is not None}
         if not known:
             continue
-        row = [f"{better} > {worse}", says]
+        dull = [f"{x} in {_each(y)}" for x in (better, worse) if (y := study.unlearnt(x))]
+        note = f" ({' and '.join(dull)}: no better than the {COMMONEST})" if dull else ""
+        row = [f"{better} > {worse}{note}", says]
         if many:
-            said = [verdict(d) for d in known.values()]
-            row += [str(said.count(word)) for word in (HOLDS, NOT, UNDECIDED)]
+            verdicts = [verdict(d) for d in known.values()]
+            row += [str(verdicts.count(word)) for word in (HOLDS, NOT)]
+            row.append(str(len(known) - sum(map(int, row[-2:]))))
         else:
-            row += [f"{interval(d)} {verdict(d)}" if (d := found[x]) else "" for x in languages]
+            row += [stated(d) if (d := found[x]) else "" for x in languages]
         if len(languages) > 1:
             mean = study.difference(better, worse)
-            row.append(f"{interval(mean)} **{verdict(mean)}**" if mean else "")
+            row.append(stated(mean, "**") if mean else "")
         rows.append(row)
     columns = [f">{word} in" for word in (HOLDS, NOT, UNDECIDED)] if many else languages
     mean_column = ["mean"] if len(languages) > 1 else []
@@ -231,6 +254,12 @@ def mean_scores(lines: Sequence[Line], *names: str) -> dict[tuple[Any, ...], flo
     for line in lines:
         found.setdefault(tuple(line[name] for name in names), []).append(line["score"])
     return {key: sum(found[key]) / len(found[key]) for key in sorted(found, key=repr)}
+
+
+def _over(lines: Sequence[Line]) -> str:
+    """What scores without intervals are of."""
+    n = len({line["seed"] for line in lines})
+    return f", {'one seed' if n == 1 else f'means over {n} seeds'}, without intervals"
 
 
 def percent(density: float) -> str:
@@ -263,7 +292,7 @@ def _ladder(study: Study, lines: Sequence[Line]) -> Table:
         for density, scores in sorted(by_density.items())
     ]
     head = ["on the model", ">density", *(f">{x}" for x in languages)]
-    return Table(f"Densities: {METRICS[study.metric]}, %", head, rows)
+    return Table(f"Densities: {METRICS[study.metric]}, %{_over(lines)}", head, rows)
 
 
 def grid(lines: Sequence[Line]) -> tuple[list[float], list[float], np.ndarray]:
@@ -285,7 +314,7 @@ def _grid(study: Study, language: str, lines: Sequence[Line]) -> Table:
         for row in cells.tolist()
     ]
     return Table(
-        f"Density × density in {language}: {METRICS[study.metric]}, %",
+        f"Density × density in {language}: {METRICS[study.metric]}, %{_over(lines)}",
         [">task ↓ language →", *(f">{percent(x)}" for x in columns)],
         [[percent(task), *row] for task, row in zip(rows, shown, strict=True)],
     )
@@ -347,7 +376,7 @@ def conditions(study: Study) -> str:
         text += (
             f"; intervals of 95 % from {DRAWS:,} draws of "
             f"{'messages, templates or examples' if study.groups else 'examples'}"
-            f"{' and seeds' if most > 1 else '; they know nothing of other seeds'}."
+            f"{_OF_SEEDS if most > 1 else '; they know nothing of other seeds'}."
         )
     return text
 

@@ -198,6 +198,7 @@ class Run:
         recipes = {x: getattr(settings, x).to_dict() for x in ("language", "source", "task")}
         how = {**recipes, "denoised": dict(settings.denoised), "weight": settings.weight}
         self.lines = self.folder / f"lines-{key_of(how)}.jsonl"
+        self._tests: dict[str, list[Any]] = {}
 
     # --- what there is to do ----------------------------------------------------------------------
 
@@ -461,6 +462,8 @@ class Run:
                     "data": {"content": self.dataset.content},
                     "groups": scores.group_ids(names),
                 }
+                if self.dataset.metric == "accuracy":
+                    line["commonest"] = list(scores.commonest(self._test(language)))
                 found.append({**line, "key": key_of(line)})
         return found
 
@@ -650,6 +653,12 @@ class Run:
         """What is right for each example of a file, in the form of predictions."""
         task, reading = self._task()
         return task.gold(task.read(path, "test", **reading))
+
+    def _test(self, language: str) -> list[Any]:
+        """What is right for each test example of a language."""
+        if language not in self._tests:
+            self._tests[language] = self._gold(self.dataset.test[language])
+        return self._tests[language]
 
     def _ignored(self, gold: Sequence[Any]) -> set[str]:
         """Labels of words that do not count: "" where a word has none, and punctuation's."""
