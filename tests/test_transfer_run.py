@@ -187,6 +187,8 @@ def test_what_has_one_phase_gets_the_passes_of_both(done):
         assert by_method(recipe, method).steps == (12, 12)
         assert by_method(recipe.changed(epochs=(1, 2)), method).epochs == (3, 3)
     assert by_method(recipe, "bias").density is None
+    paired = recipe.changed(lr=(1e-4, 3e-4))
+    assert (by_method(paired, "full").lr, by_method(paired, "bias").lr) == (1e-4, (1e-4, 3e-4))
     paper = by_method(presets.recipe("lt-sft-language"), "bias")
     assert (paper.epochs, paper.min_steps, paper.max_steps) == ((200, 200), 60_000, 200_000)
     # But for RAND-SFT, which is LT-SFT without what selects.

@@ -48,6 +48,9 @@ def by_method(recipe: Recipe, method: str, options: Mapping[str, Any] | None = N
         for limit in ("min_steps", "max_steps"):  # of each phase
             if (steps := getattr(recipe, limit)) is not None:
                 changes[limit] = 2 * steps
+    if method == FULL and isinstance(recipe.lr, tuple):
+        # All entries move, as in the full phase; the sparse one's rate is for few.
+        changes["lr"] = recipe.lr[0]
     return recipe.changed(**changes, **({"criterion_options": options} if options else {}))
 
 
