@@ -43,10 +43,9 @@ WEIGHT = 1.0
 """Of the language's SFT in the arm "weighted": in "pos", 1 did better than 0.5 on both development
 languages (one seed), so that arm is the plain sum."""
 
-FREE = (
-    *("task-only", "composed", "wrong-language", "source-language", "random-task-only", "random"),
-    *("denoised-task-only", "denoised", "dense-language"),
-)
+PLAIN = ("task-only", "composed", "wrong-language", "source-language", "dense-language")
+"""Arms of LT-SFT's own SFTs: each further method trains three more."""
+FREE = (*PLAIN, "random-task-only", "random", "denoised-task-only", "denoised")
 """Arms of the three methods with a mask of their own, and what costs no further training."""
 
 
@@ -185,6 +184,7 @@ def _sizes(
             stage0=STAGE0.changed(steps=300),
             layers=layers,
             languages=quick,
+            arms=PLAIN,
         ),
         "full": Settings(
             language=LANGUAGE,
