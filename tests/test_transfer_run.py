@@ -451,3 +451,12 @@ def test_processes_that_store_at_once_store_each_line_once(tmp_path):
         other.write(b'{"key": "a"}\n')
     waiting.join()
     assert stored(path) == [{"key": "a"}, {"key": "b"}]
+
+
+def test_a_recipe_is_told_without_what_it_leaves_alone_and_without_its_seed():
+    recipe = tiny_settings().task
+    assert "criterion_options" not in runs._short(recipe)
+    drawn = recipe.changed(criterion="random", criterion_options={"seed": 3})
+    assert runs._short(drawn) == {**runs._short(recipe), "criterion": "random"}
+    denoised = recipe.changed(criterion="denoised", criterion_options={"rank": 2})
+    assert runs._short(denoised)["criterion_options"] == {"rank": 2}

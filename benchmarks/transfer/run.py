@@ -752,12 +752,12 @@ def _sort(piece: Piece, source: str) -> str:
 def _short(recipe: Recipe) -> dict[str, Any]:
     """What a recipe sets otherwise than `Recipe` does by itself, whatever the seed of its run."""
     plain = Recipe("", "", "", "").to_dict()
-    told = recipe.to_dict()
-    told["criterion_options"] = {k: v for k, v in recipe.criterion_options.items() if k != "seed"}
+    options = {k: v for k, v in recipe.criterion_options.items() if k != "seed"}
+    told = {**recipe.to_dict(), "criterion_options": options}
     return {
         name: value
         for name, value in told.items()
-        if name not in ("origin", "changed", "options") and plain.get(name) != value
+        if name not in ("origin", "changed", "options") and plain.get(name, {}) != value
     }
 
 
