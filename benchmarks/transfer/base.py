@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from sparse_ft.quickstart.e5 import (
     to_bert,
     trimmed_tokenizer,
 )
+from sparse_ft.quickstart.models import without_bars
 from sparse_ft.quickstart.store import key_of, write_text
 from sparse_ft.tasks import TASKS
 from sparse_ft.tasks.lm import MaskedLM
@@ -180,23 +180,9 @@ def _save_start(folder: Path, e5: E5File, dataset: Dataset, layers: int, seed: i
             counts += torch.bincount(pieces, minlength=len(keep))
     with torch.no_grad():
         model.cls.predictions.bias.copy_((counts / counts.sum()).log())
-    with new_folder("base", folder) as place, _quiet():
+    with new_folder("base", folder) as place, without_bars():
         model.save_pretrained(place)
         cut.save_pretrained(place)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers among those of the commands."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _encoded(dataset: Dataset, tokenizer: Any) -> Iterator[tuple[str, list[int]]]:

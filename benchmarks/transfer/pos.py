@@ -14,10 +14,10 @@ from typing import Any
 from benchmarks.transfer import apertium, mediawiki
 from benchmarks.transfer.apertium import PUNCTUATION, UNKNOWN, Analyser, Word
 from benchmarks.transfer.dataset import Dataset
+from benchmarks.transfer.items import write_lines, write_messages
 from benchmarks.transfer.mediawiki import Message
 from benchmarks.transfer.packages import Packages
 from benchmarks.transfer.twins import keys_path, near_twins, twins
-from sparse_ft.quickstart.store import write_text
 
 __all__ = ["ANALYSERS", "NEEDS", "STAGE0", "VERSION", "build"]
 
@@ -69,7 +69,7 @@ def build(folder: Path, packages: Packages) -> Dataset:
     text = {}
     for language in dict.fromkeys((*languages, *STAGE0)):
         found = mediawiki.training(wiki, language, held)
-        text[language] = _write_text(folder / f"text/{language}.txt", found)
+        text[language] = write_messages(folder / f"text/{language}.txt", found)
         counts[language] = {
             "text": {"lines": len(found), "words": sum(len(m.text.split()) for m in found)}
         }
@@ -177,22 +177,10 @@ def _counts(sentences: Sequence[Sentence]) -> dict[str, int]:
 
 def _write(path: Path, sentences: Iterable[Sentence]) -> Path:
     """Writes CoNLL-U, and the messages' keys beside it."""
-    sentences = list(sentences)
-    blocks = []
-    for message, words in sentences:
+    some = list(sentences)
+    lines = []
+    for message, words in some:
         rows = [f"{i}\t{word.form}\t_\t{word.tag}" + "\t_" * 6 for i, word in enumerate(words, 1)]
-        blocks.append("\n".join((f"# sent_id = {message.key}", *rows)) + "\n\n")
-    _write_file(path, "".join(blocks))
-    _write_file(keys_path(path), "".join(f"{message.key}\n" for message, _ in sentences))
-    return path
-
-
-def _write_text(path: Path, messages: Sequence[Message]) -> Path:
-    _write_file(path, "".join(f"{message.text}\n" for message in messages))
-    _write_file(keys_path(path), "".join(f"{message.key}\n" for message in messages))
-    return path
-
-
-def _write_file(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, content)
+        lines += [f"# sent_id = {message.key}", *rows, ""]
+    write_lines(keys_path(path), (message.key for message, _ in some))
+    return write_lines(path, lines)

@@ -201,6 +201,7 @@ class _Quickstart:
         from rich.console import Console
 
         from . import report
+        from .models import without_bars
         from .store import write_text
 
         console = Console()
@@ -213,7 +214,7 @@ class _Quickstart:
             f"{self.settings['precision']}",
             highlight=False,
         )
-        with _quiet(), _progress(console) as progress:
+        with without_bars(), _progress(console) as progress:
             self._prepare(seeds[0], progress)
             runs = [self._run_seed(seed, progress) for seed in seeds]
         test = self.task.tests["target"]
@@ -465,20 +466,6 @@ def _pieces(tokenizer: Any, predicted: torch.Tensor) -> Pieces:
     from .training import Pieces
 
     return Pieces(tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer), predicted)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers among ours."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _progress(console: Any) -> Progress:

@@ -6,6 +6,9 @@ under the other, and under the heads of transformers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +18,20 @@ from .e5 import QuickstartError
 POOLED_SCALE = 10.0
 """Factor on the mean-pooled vectors: an encoder of sentence vectors packs them into a narrow cone,
 and one learning rate then serves classifier and encoder."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers among ours."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def load_encoder(name: str) -> nn.Module:
